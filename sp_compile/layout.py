@@ -1,0 +1,180 @@
+"""Token layouts: which rank holds which rows of a ragged batch.
+
+Three requests of 5, 3 and 1 tokens over two ranks, contiguous scheme (``a0`` is token 0 of request a)::
+
+    normal       a0 a1 a2 a3 a4 b0 b1 b2 c0
+    SP           a0 a1 a2 b0 b1 c0 | a3 a4 b2
+    padded SP    a0 a1 a2 b0 b1 c0 | a3 a4 b2 .  .  .        shard_length = 6
+
+Each rank is padded once, at its end, to the longest rank, so that collectives of equal shapes apply. The zigzag
+scheme cuts every request into ``2 * sp`` blocks and gives rank r the blocks r and ``2 * sp - 1 - r``, which spreads
+causal attention evenly; request of 8 tokens over two ranks::
+
+    blocks       0     1     2     3
+    rank 0       x0 x1             x6 x7
+    rank 1             x2 x3 x4 x5
+
+A scheme only says how a request is cut; everything downstream sees the index tensors of :class:`TokenLayout`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from sp_compile.errors import BatchError, ConfigError, nearest
+
+MIN_TILE = 64
+TILE = 256
+MAX_TILES = 2048
+
+
+def _cut(lengths: np.ndarray, blocks: int, block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Start and size of ``block`` of each request cut into ``blocks`` parts, the first parts carrying the remainder."""
+    base, rest = np.divmod(lengths[None, :, None], blocks)
+    block = block[:, None, :]
+    return base * block + np.minimum(rest, block), base + (block < rest)
+
+
+def contiguous(lengths: np.ndarray, sp: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rank r holds one run of ``L // sp + (r < L % sp)`` tokens of every request.
+
+    Returns starts (within the request) and sizes, int64 ``[sp, requests, 1]``.
+    """
+    return _cut(lengths, sp, np.arange(sp)[:, None])
+
+
+def zigzag(lengths: np.ndarray, sp: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rank r holds blocks r and ``2 * sp - 1 - r`` of ``2 * sp``, as in zigzag ring attention.
+
+    Returns starts (within the request) and sizes, int64 ``[sp, requests, 2]``.
+    """
+    rank = np.arange(sp)
+    return _cut(lengths, 2 * sp, np.stack([rank, 2 * sp - 1 - rank], axis=1))
+
+
+Scheme = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
+SCHEMES: dict[str, Scheme] = {"contiguous": contiguous, "zigzag": zigzag}
+
+
+@dataclass(frozen=True, eq=False)
+class TokenLayout:
+    """Who holds which rows, as index tensors on the host.
+
+    Attributes:
+        lengths: tokens of each request, in batch order.
+        sp: number of ranks.
+        scheme: name of the scheme that made it.
+        shard_length: rows of every rank, padding included.
+        local_index: int64 ``[sp, shard_length]``, the normal-order row of each local row; 0 on padding.
+        valid: bool ``[sp, shard_length]``, False on padding.
+        restore_index: int64 ``[tokens]``, the padded-SP row of each normal-order row.
+        tokens_per_rank: rows of each rank without padding.
+        segments: for each rank, the local rows where a run of consecutive tokens starts (int64, ascending).
+    """
+
+    lengths: tuple[int, ...]
+    sp: int
+    scheme: str
+    shard_length: int
+    local_index: torch.Tensor
+    valid: torch.Tensor
+    restore_index: torch.Tensor
+    tokens_per_rank: tuple[int, ...]
+    segments: tuple[np.ndarray, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the whole batch."""
+        return self.restore_index.numel()
+
+    def tile_bounds(self, rank: int) -> torch.Tensor:
+        """Boundaries of the attention tiles over rank's local rows, int64 ``[tiles + 1]``, at starts of runs."""
+        count, width = self.tokens_per_rank[rank], max(TILE, -(-self.shard_length // MAX_TILES))
+        starts = self.segments[rank]
+        sizes = np.diff(np.append(starts, count))
+        pieces = -(-sizes // width)
+        first = np.cumsum(pieces) - pieces
+        step = np.arange(pieces.sum()) - np.repeat(first, pieces)
+        cuts = np.repeat(starts, pieces) + step * width
+        narrow = max(MIN_TILE, width // 4)
+        _, keep = np.unique(cuts // narrow, return_index=True)
+        cuts = cuts[keep]
+        ends = [count, self.shard_length] if count < self.shard_length else [count]
+        inner = cuts[(cuts > 0) & (cuts < count)]
+        return torch.from_numpy(np.unique(np.concatenate([[0], inner, ends])).astype(np.int64))
+
+    def gathered_tile_bounds(self) -> torch.Tensor:
+        """Boundaries of the attention tiles over the gathered ``sp * shard_length`` rows, int64 ``[tiles + 1]``."""
+        parts = [self.tile_bounds(rank)[:-1] + rank * self.shard_length for rank in range(self.sp)]
+        return torch.cat([*parts, torch.tensor([self.sp * self.shard_length])])
+
+
+def token_layout(lengths: Sequence[int], sp: int, scheme: str = "zigzag", min_shard_length: int = 1) -> TokenLayout:
+    """Lay requests of the given lengths out over ``sp`` ranks; cached by its arguments.
+
+    Args:
+        lengths: tokens of each request, each at least 1.
+        sp: number of ranks, at least 1.
+        scheme: a key of :data:`SCHEMES`.
+        min_shard_length: pad every rank to at least this many rows.
+
+    Raises:
+        BatchError: no request, or a request without tokens.
+        ConfigError: an unknown scheme.
+
+    >>> token_layout([5, 3, 1], sp=2, scheme="contiguous").local_index.tolist()
+    [[0, 1, 2, 5, 6, 8], [3, 4, 7, 0, 0, 0]]
+    """
+    if scheme not in SCHEMES:
+        raise ConfigError(f"unknown layout scheme {scheme!r}{nearest(scheme, SCHEMES)}")
+    if sp < 1:
+        raise ConfigError(f"sp={sp} ranks cannot hold a layout; pass sp >= 1")
+    if len(lengths) == 0:
+        raise BatchError("the batch holds no request; pass at least one")
+    empty = [i for i, length in enumerate(lengths) if length < 1]
+    if empty:
+        raise BatchError(f"request {empty[0]} has length {lengths[empty[0]]}; every request needs at least 1 token")
+    return _build(tuple(int(length) for length in lengths), sp, scheme, min_shard_length)
+
+
+@lru_cache(maxsize=64)
+def _build(lengths: tuple[int, ...], sp: int, scheme: str, min_shard_length: int) -> TokenLayout:
+    sizes_of = np.asarray(lengths, dtype=np.int64)
+    starts, sizes = SCHEMES[scheme](sizes_of, sp)
+    starts = starts + (np.cumsum(sizes_of) - sizes_of)[None, :, None]
+    per_rank = sizes.sum(axis=(1, 2))
+    shard_length = max(int(per_rank.max()), min_shard_length)
+    total = int(sizes_of.sum())
+
+    flat_sizes, flat_starts = sizes.reshape(-1), starts.reshape(-1)
+    order = np.arange(total)
+    rows = np.repeat(flat_starts - (np.cumsum(flat_sizes) - flat_sizes), flat_sizes) + order
+    padded = np.repeat(np.arange(sp) * shard_length - (np.cumsum(per_rank) - per_rank), per_rank) + order
+
+    local_index = np.zeros(sp * shard_length, dtype=np.int64)
+    valid = np.zeros(sp * shard_length, dtype=bool)
+    restore_index = np.empty(total, dtype=np.int64)
+    local_index[padded] = rows
+    valid[padded] = True
+    restore_index[rows] = padded
+
+    runs = []
+    for rank_sizes in sizes.reshape(sp, -1):
+        held = rank_sizes[rank_sizes > 0]
+        runs.append(np.cumsum(held) - held)
+    return TokenLayout(
+        lengths=lengths,
+        sp=sp,
+        scheme=scheme,
+        shard_length=shard_length,
+        local_index=torch.from_numpy(local_index).view(sp, shard_length),
+        valid=torch.from_numpy(valid).view(sp, shard_length),
+        restore_index=torch.from_numpy(restore_index),
+        tokens_per_rank=tuple(int(count) for count in per_rank),
+        segments=tuple(runs),
+    )
