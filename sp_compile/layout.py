@@ -93,7 +93,10 @@ class TokenLayout:
         return self.restore_index.numel()
 
     def tile_bounds(self, rank: int) -> torch.Tensor:
-        """Boundaries of the attention tiles over rank's local rows, int64 ``[tiles + 1]``, at starts of runs."""
+        """Boundaries of the attention tiles over rank's local rows, int64 ``[tiles + 1]``, at starts of runs.
+
+        At least two tiles where there are two rows, so that the number of tiles is never specialised to one.
+        """
         count, width = self.tokens_per_rank[rank], max(TILE, -(-self.shard_length // MAX_TILES))
         starts = self.segments[rank]
         sizes = np.diff(np.append(starts, count))
@@ -106,6 +109,8 @@ class TokenLayout:
         cuts = cuts[keep]
         ends = [count, self.shard_length] if count < self.shard_length else [count]
         inner = cuts[(cuts > 0) & (cuts < count)]
+        if len(inner) == 0 and len(ends) == 1 and count > 1:
+            inner = np.asarray([count // 2])
         return torch.from_numpy(np.unique(np.concatenate([[0], inner, ends])).astype(np.int64))
 
     def gathered_tile_bounds(self) -> torch.Tensor:

@@ -1,0 +1,28 @@
+"""The graph passes, one a file; installed as ``sp_compile.passes``."""
+
+if __name__ != "sp_compile.passes":
+    raise ImportError("import sp_compile.passes: the folder 'passes' is installed under that name")
+
+from sp_compile.passes.localize_shapes import LocalizeShapes
+from sp_compile.passes.lower_redistributes import LowerRedistributes
+from sp_compile.passes.minimize_communication import MinimizeCommunication
+from sp_compile.passes.normalize import Normalize
+from sp_compile.passes.plan_attention import PlanAttention
+from sp_compile.passes.propagate_placements import PropagatePlacements
+from sp_compile.passes.raise_attention import RaiseAttention
+from sp_compile.passes.restore_outputs import RestoreOutputs
+from sp_compile.passes.shard_attention import ShardAttention
+from sp_compile.passes.shard_tokens import ShardTokens
+
+DEFAULT = (
+    Normalize,
+    RaiseAttention,
+    ShardTokens,
+    PropagatePlacements,
+    ShardAttention,
+    PlanAttention,
+    RestoreOutputs,
+    MinimizeCommunication,
+    LowerRedistributes,
+    LocalizeShapes,
+)

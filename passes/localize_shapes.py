@@ -1,0 +1,183 @@
+"""Make every shape argument the rank's, and compute all shapes anew in the local view.
+
+Requires: ``lowered``.
+Establishes: ``local_shapes``.
+
+The whole graph is run once on fake tensors of local shapes: an op that does not fit its inputs is found here, not on a
+rank. ``shard_length`` is a symbol of its own, so new lengths never compile again.
+
+Before::
+
+    %reshape: f32[1, T, 4, 16] Shard(1) = aten.reshape(%linear, [1, %tokens, 4, 16])
+
+After::
+
+    %reshape: f32[1, n, 4, 16] Shard(1) = aten.reshape(%linear, [1, %sym_size, 4, 16])
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+from sp_compile.invariants import LOCAL, LOWERED
+from sp_compile.pipeline import Pass
+from sp_compile.placements import Shard
+from sp_compile.program import Program, placement
+from sp_compile.symbols import is_tensor
+
+aten = torch.ops.aten
+
+SHAPE_ARGUMENT = {
+    aten.reshape.default: 1,
+    aten.expand.default: 1,
+    aten.zeros.default: 0,
+    aten.ones.default: 0,
+    aten.full.default: 0,
+    aten.empty.memory_format: 0,
+    aten.new_zeros.default: 1,
+    aten.new_ones.default: 1,
+    aten.new_full.default: 1,
+    aten.new_empty.default: 1,
+}
+
+
+@dataclass(frozen=True)
+class LocalizeShapes(Pass):
+    """Local shapes everywhere."""
+
+    name = "localize_shapes"
+    requires = (LOWERED,)
+    establishes = (LOCAL,)
+
+    def run(self, program: Program) -> None:
+        """Rewrite in place."""
+        if program.tokens is not None:
+            self._localize_arguments(program)
+        _Shapes(program).run()
+
+    def _localize_arguments(self, program: Program) -> None:
+        for node in list(program.graph.nodes):
+            shard = placement(node) if is_tensor(node) else None
+            if not isinstance(shard, Shard) or node.target not in SHAPE_ARGUMENT:
+                continue
+            at = SHAPE_ARGUMENT[node.target]
+            shape = list(node.args[at])
+            with program.graph.inserting_before(node):
+                rows = program.graph.call_function(aten.sym_size.int, (program.index_input("local_index"), 0))
+                times = shard.outer * shard.inner
+                if times != 1:
+                    rows = program.graph.call_function(_times, (rows, times))
+            shape[shard.dim] = rows
+            node.args = (*node.args[:at], shape, *node.args[at + 1 :])
+
+
+def _times(size: int, times: int) -> int:
+    return size * times
+
+
+class _Shapes:
+    """Fake inputs of local shape, and every value computed from them."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.shape_env = ShapeEnv()
+        self.mode = FakeTensorMode(shape_env=self.shape_env, allow_non_fake_inputs=True)
+        self.lengths: dict[sympy.Symbol, torch.SymInt] = {}
+
+    def run(self) -> None:
+        graph = self.program.graph
+        inputs = [self._fake(node) for node in graph.find_nodes(op="placeholder")]
+        self.program.local_inputs = inputs
+        interpreter = _Recorder(self.program.gm)
+        with self.mode:
+            interpreter.run(*inputs)
+
+    def symbol(self, name: str, hint: int) -> torch.SymInt:
+        """A size that compiled code may not depend on."""
+        from torch._dynamo.source import ConstantSource
+
+        source = ConstantSource(name)
+        symbol = self.shape_env.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
+        self.program.symbols[name] = made = self.shape_env.create_symintnode(symbol, hint=hint, source=source)
+        return made
+
+    def _fake(self, node: fx.Node) -> Any:
+        name = node.meta.get("index_input")
+        if name is not None:
+            return self._index_input(name)
+        value = node.meta["val"]
+        if isinstance(value, torch.SymInt):
+            return self._size(value)
+        if not isinstance(value, torch.Tensor):
+            return value
+        sizes = [self._size(size) for size in value.shape]
+        strides = [self._size(stride) for stride in value.stride()]
+        with self.mode:
+            return torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
+
+    def _size(self, size: Any) -> Any:
+        if not isinstance(size, torch.SymInt):
+            return size
+        known = size.node.expr
+        result: Any = known
+        values = {}
+        for symbol in known.free_symbols:
+            if symbol not in self.lengths:
+                hint = int(size.node.shape_env.backed_var_to_val[symbol]) if hasattr(
+                    size.node.shape_env, "backed_var_to_val") else int(size.node.shape_env.var_to_val[symbol])  # fmt: skip
+                name = "tokens" if symbol == self.program.tokens else str(symbol)
+                self.lengths[symbol] = self.symbol(name, hint)
+            values[symbol] = self.lengths[symbol]
+        if isinstance(known, sympy.Symbol):
+            return values[known]
+        result = sympy.lambdify(list(values), known, modules=[{"FloorDiv": lambda a, b: a // b}])(*values.values())
+        return result
+
+    def _index_input(self, name: str) -> Any:
+        rows, sp = self._shard_length(), self.program.sp
+        device = self._device()
+        with self.mode:
+            if name in ("q_bounds", "k_bounds"):
+                return torch.empty(self._named(name, 4 if name == "q_bounds" else 6), dtype=torch.int64)
+            if name == "rank":
+                return torch.empty((), dtype=torch.int64, device=device)
+            if name == "gathered_valid":
+                return torch.empty(rows * sp, dtype=torch.bool, device=device)
+            size = {"local_index": rows, "gathered_index": rows * sp}.get(name)
+            size = self._tokens() if size is None else size
+            return torch.empty(size, dtype=torch.int64, device=device)
+
+    def _named(self, name: str, hint: int) -> torch.SymInt:
+        return self.program.symbols[name] if name in self.program.symbols else self.symbol(name, hint)
+
+    def _tokens(self) -> torch.SymInt:
+        assert self.program.tokens is not None
+        if self.program.tokens not in self.lengths:
+            self.lengths[self.program.tokens] = self.symbol("tokens", 67)
+        return self.lengths[self.program.tokens]
+
+    def _shard_length(self) -> torch.SymInt:
+        hint = int(self._tokens().node.hint)
+        return self._named("shard_length", max(2, -(-hint // self.program.sp)) + 1)
+
+    def _device(self) -> torch.device:
+        for node in self.program.graph.find_nodes(op="placeholder"):
+            if node.name in self.program.token_inputs:
+                return node.meta["val"].device  # type: ignore[no-any-return]
+        return torch.device("cpu")
+
+
+class _Recorder(fx.Interpreter):
+    """Stores what each node computes."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        n.meta["val"] = result
+        return result

@@ -1,0 +1,171 @@
+"""Replace every change of placement by index selections and functional collectives.
+
+Requires: ``gathered_once``.
+Establishes: ``lowered``.
+Breaks: ``placed``.
+
+Collectives run over rows: the token dim comes first, so ranks stack in padded SP order without a copy.
+
+Before::
+
+    %all: f32[T, 64] Gathered(0) = redistribute(%rows)
+    %whole: f32[1, T, 128] Replicate = redistribute(%logits)
+
+After::
+
+    %all = c10d.all_gather_into_tensor(%rows, 2, 'sp'); %wait = c10d.wait_tensor(%all)
+    ...; %whole = aten.index_select(%gathered, 0, %restore_index), permuted back
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from sp_compile import ops
+from sp_compile.invariants import GATHERED_ONCE, KEYS_PADDED, LOWERED, PLACED, RESTORED, TOKENS_SHARDED
+from sp_compile.pipeline import Pass
+from sp_compile.placements import Gathered, Partial, QueriesByKeys, Replicate, Shard, describe
+from sp_compile.program import Program, placement
+from sp_compile.symbols import shape_of
+
+aten = torch.ops.aten
+c10d = torch.ops._c10d_functional
+
+
+@dataclass(frozen=True)
+class LowerRedistributes(Pass):
+    """Collectives and index selections only."""
+
+    name = "lower_redistributes"
+    requires = (GATHERED_ONCE, PLACED)
+    establishes = (LOWERED,)
+    breaks = (PLACED, KEYS_PADDED, RESTORED, GATHERED_ONCE, TOKENS_SHARDED)
+
+    def run(self, program: Program) -> None:
+        """Rewrite in place."""
+        for node in list(program.graph.nodes):
+            lower = _LOWERINGS.get(node.target) if node.op == "call_function" else None
+            if lower is None:
+                continue
+            builder = _Builder(program, node)
+            with program.graph.inserting_before(node):
+                result = lower(builder, node)
+            result.meta["placement"] = placement(node)
+            node.replace_all_uses_with(result)
+            program.graph.erase_node(node)
+        program.graph.eliminate_dead_code()
+
+
+@dataclass
+class _Builder:
+    program: Program
+    origin: fx.Node
+
+    def call(self, target: Any, *args: Any) -> fx.Node:
+        node = self.program.graph.call_function(target, args)
+        node.meta["stack_trace"] = self.origin.meta.get("stack_trace")
+        return node
+
+    def index(self, name: str) -> fx.Node:
+        return self.program.index_input(name)
+
+    def rows_first(self, node: fx.Node, shard: Shard, rank: int) -> tuple[fx.Node, int]:
+        """The value with its token rows alone in dim 0, and the dim they came from."""
+        split = (shard.outer, shard.inner) != (1, 1)
+        dim = shard.dim + 1 if split else shard.dim
+        if split:
+            node = self.call(aten.unflatten.int, node, shard.dim, [shard.outer, -1, shard.inner])
+        return (self.call(aten.movedim.int, node, dim, 0) if dim else node), dim
+
+    def rows_back(self, node: fx.Node, shard: Shard, dim: int) -> fx.Node:
+        """Undo :meth:`rows_first`."""
+        node = self.call(aten.movedim.int, node, 0, dim) if dim else node
+        if (shard.outer, shard.inner) != (1, 1):
+            node = self.call(aten.flatten.using_ints, node, shard.dim, shard.dim + 2)
+        return node
+
+    def all_gather(self, rows: fx.Node) -> fx.Node:
+        """Rows of all ranks, stacked."""
+        dense = self.call(aten.clone.default, rows)
+        dense.kwargs = {"memory_format": torch.contiguous_format}
+        gathered = self.call(c10d.all_gather_into_tensor.default, dense, self.program.sp, self.program.group_name)
+        return self.call(c10d.wait_tensor.default, gathered)
+
+    def all_reduce(self, node: fx.Node) -> fx.Node:
+        """Sum over ranks."""
+        reduced = self.call(c10d.all_reduce.default, node, "sum", self.program.group_name)
+        return self.call(c10d.wait_tensor.default, reduced)
+
+
+def _redistribute(build: _Builder, node: fx.Node) -> fx.Node:
+    source: Any = node.args[0]
+    held, wanted = placement(source), placement(node)
+    match held, wanted:
+        case Replicate(), Shard(order=""):
+            return _cut(build, source, wanted)
+        case Shard(order="", rows=0), Replicate() | Gathered():
+            rows, dim = build.rows_first(source, held, len(shape_of(source)))
+            rows = build.all_gather(rows)
+            if isinstance(wanted, Replicate):
+                rows = build.call(aten.index_select.default, rows, 0, build.index("restore_index"))
+            return build.rows_back(rows, held, dim)
+        case Gathered(), Replicate():
+            return build.call(aten.index_select.default, source, held.dim, build.index("restore_index"))
+        case Replicate(), Gathered():
+            return build.call(aten.index_select.default, source, wanted.dim, build.index("gathered_index"))
+        case Shard(), QueriesByKeys():
+            return build.call(aten.index_select.default, source, wanted.keys, build.index("gathered_index"))
+        case Shard(order=""), Shard(order=""):
+            whole = build.call(ops.redistribute, source)
+            whole.meta.update(placement=Replicate(), val=source.meta.get("val"))
+            gathered = _redistribute(build, whole)
+            build.program.graph.erase_node(whole) if not whole.users else None
+            return _cut(build, gathered, wanted)
+        case Partial(), Replicate():
+            return build.all_reduce(source)
+    raise AssertionError(f"no way from {describe(held)} to {describe(wanted)}")
+
+
+def _cut(build: _Builder, source: fx.Node, wanted: Shard) -> fx.Node:
+    local = build.index("local_index")
+    if (wanted.outer, wanted.inner) == (1, 1):
+        return build.call(aten.index_select.default, source, wanted.dim, local)
+    split = build.call(aten.unflatten.int, source, wanted.dim, [wanted.outer, -1, wanted.inner])
+    rows = build.call(aten.index_select.default, split, wanted.dim + 1, local)
+    return build.call(aten.flatten.using_ints, rows, wanted.dim, wanted.dim + 2)
+
+
+def _select_rows(build: _Builder, node: fx.Node) -> fx.Node:
+    """Each rank adds the wanted rows that it holds, the others add zero."""
+    source, rows, dim = node.args
+    if not isinstance(placement(source), Shard):
+        return build.call(aten.index_select.default, source, dim, rows)
+    padded = build.call(aten.index_select.default, build.index("restore_index"), 0, rows)
+    length = build.call(aten.sym_size.int, build.index("local_index"), 0)
+    own = build.call(aten.sub.Tensor, padded, build.call(aten.mul.Tensor, build.index("rank"), length))
+    held = build.call(aten.logical_and.default, build.call(aten.ge.Scalar, own, 0), build.call(aten.lt.Scalar, own, length))
+    safe = build.call(aten.mul.Tensor, own, held)
+    found = build.call(aten.index_select.default, source, dim, safe)
+    trailing = len(shape_of(source)) - dim - 1
+    mask = build.call(aten.reshape.default, held, [-1] + [1] * trailing)
+    return build.call(aten.where.ScalarOther, mask, found, 0.0)
+
+
+def _row_numbers(build: _Builder, node: fx.Node) -> fx.Node:
+    start, count, length = node.args
+    rows = build.call(aten.arange.default, count)
+    rows.kwargs = {"device": node.kwargs["device"]}
+    rows = build.call(aten.add.Tensor, rows, start)
+    return build.call(aten.add.Tensor, rows, length) if isinstance(start, int) and start < 0 else rows
+
+
+_LOWERINGS: dict[Any, Callable[[_Builder, fx.Node], fx.Node]] = {
+    ops.redistribute: _redistribute,
+    ops.select_rows: _select_rows,
+    ops.row_numbers: _row_numbers,
+}

@@ -1,0 +1,133 @@
+"""Gather nothing twice, and keys together with values.
+
+Requires: ``keys_in_padded_order``, ``outputs_restored``.
+Establishes: ``gathered_once``.
+
+Before::
+
+    %k_all: f32[1, 2, T, 16] Gathered(2) = redistribute(%k)
+    %v_all: f32[1, 2, T, 16] Gathered(2) = redistribute(%v)
+
+After::
+
+    %cat: f32[T, 64] Shard(0) = aten.cat([%k_rows, %v_rows], 1)
+    %redistribute: f32[T, 64] Gathered(0) = redistribute(%cat)
+    %split = aten.split_with_sizes(%redistribute, [32, 32], 1)
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from operator import getitem
+from typing import Any
+
+import torch
+from torch import fx
+
+from sp_compile import ops
+from sp_compile.invariants import GATHERED_ONCE, KEYS_PADDED, RESTORED
+from sp_compile.pipeline import Pass
+from sp_compile.placements import Gathered, Replicate, Shard
+from sp_compile.program import Program, placement
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class MinimizeCommunication(Pass):
+    """Each value gathered once; keys and values in one collective."""
+
+    name = "minimize_communication"
+    requires = (KEYS_PADDED, RESTORED)
+    establishes = (GATHERED_ONCE,)
+
+    join_keys_and_values: bool = True
+
+    def run(self, program: Program) -> None:
+        """Rewrite in place."""
+        if not program.parallel:
+            return
+        self._gather_once(program)
+        if self.join_keys_and_values:
+            for node in program.graph.find_nodes(op="call_function", target=torch.ops.sp_compile.attention.default):
+                self._join(program, node)
+        program.graph.eliminate_dead_code()
+
+    def _gather_once(self, program: Program) -> None:
+        """A value needed whole in both orders crosses once and is reordered locally."""
+        gathers: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+        for node in program.graph.find_nodes(op="call_function", target=ops.redistribute):
+            if isinstance(placement(node.args[0]), Shard) and isinstance(placement(node), (Replicate, Gathered)):
+                gathers[node.args[0]].append(node)
+        for source, nodes in gathers.items():
+            padded = [node for node in nodes if placement(node) == Gathered(placement(source).dim)]
+            first = padded[0] if padded else nodes[0]
+            if first is not min(nodes):
+                min(nodes).prepend(first)
+            for node in nodes:
+                if node is first:
+                    continue
+                if placement(node) == placement(first):
+                    node.replace_all_uses_with(first)
+                    program.graph.erase_node(node)
+                else:
+                    node.args = (first,)
+
+    def _join(self, program: Program, attention: fx.Node) -> None:
+        gathers = list(attention.args[1:3])
+        if gathers[0] is gathers[1] or not all(_is_gather(each) for each in gathers):
+            return
+        sources: list[Any] = [each.args[0] for each in gathers]
+        if sources[0].meta["val"].dtype != sources[1].meta["val"].dtype:
+            return
+        before = min(gathers)
+        if any(source > before for source in sources):
+            before = max(gathers)
+            for each in gathers:
+                if each is not before and min(each.users) < before:
+                    return
+        graph = program.graph
+        with graph.inserting_before(before):
+            rows = [_rows(graph, source) for source in sources]
+            joined = _call(graph, aten.cat.default, (rows, 1), Shard(0))
+            gathered = _call(graph, ops.redistribute, (joined,), Gathered(0))
+            widths = [row.meta["val"].shape[1] for row in rows]
+            parts = _call(graph, aten.split_with_sizes.default, (gathered, widths, 1), (Gathered(0),) * 2)
+            for i, (each, source) in enumerate(zip(gathers, sources, strict=True)):
+                part = _call(graph, getitem, (parts, i), Gathered(0))
+                batch, heads, length, width = source.meta["val"].shape
+                shape = _call(graph, aten.unflatten.int, (part, 1, [batch, heads, width]), Gathered(0))
+                back = _call(graph, aten.permute.default, (shape, [1, 2, 0, 3]), Gathered(2))
+                back.meta["stack_trace"] = each.meta.get("stack_trace")
+                each.replace_all_uses_with(back)
+            gathered.meta["stack_trace"] = before.meta.get("stack_trace")
+        for each in gathers:
+            graph.erase_node(each)
+
+
+def _is_gather(node: fx.Node) -> bool:
+    if node.target is not ops.redistribute or placement(node) != Gathered(2):
+        return False
+    source = placement(node.args[0])
+    sizes = node.meta["val"].shape
+    return source == Shard(2) and all(isinstance(sizes[dim], int) for dim in (0, 1, 3))
+
+
+def _rows(graph: fx.Graph, source: fx.Node) -> fx.Node:
+    tokens_first = _call(graph, aten.permute.default, (source, [2, 0, 1, 3]), Shard(0))
+    return _call(graph, aten.flatten.using_ints, (tokens_first, 1, -1), Shard(0))
+
+
+def _call(graph: fx.Graph, target: Any, args: tuple[Any, ...], placed: Any) -> fx.Node:
+    node = graph.call_function(target, args)
+    node.meta["placement"] = placed
+    values = fx.map_arg(args, lambda each: each.meta["val"])
+    fake = next(each.meta["val"].fake_mode for each in node.all_input_nodes if hasattr(each.meta["val"], "fake_mode")) \
+        if any(hasattr(each.meta["val"], "fake_mode") for each in node.all_input_nodes) else None  # fmt: skip
+    if fake is None:
+        node.meta["val"] = target(*values)
+    else:
+        with fake:
+            node.meta["val"] = target(*values)
+    return node

@@ -1,0 +1,55 @@
+"""Decide once per kind of mask which tiles of the scores are empty, full, or need the mask.
+
+Requires: ``attention_raised``, ``keys_in_padded_order``.
+Establishes: ``attention_planned``.
+
+Layers that share a mask share its plan: local and global layers make two plans, however many layers there are.
+
+Before::
+
+    %attention = sp_compile.attention(%q, %k, %v, [%rows, %columns], 'mask = le(x1, x0)', 0.25, False, None, ...)
+
+After::
+
+    %plan = sp_compile.tile_plan([%rows, %columns], 'mask = le(x1, x0)', %gathered_valid, %q_bounds, %k_bounds)
+    %attention = sp_compile.attention(%q, ..., %plan, %q_bounds, %k_bounds, %gathered_valid)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from sp_compile.invariants import KEYS_PADDED, PLANNED, RAISED
+from sp_compile.pipeline import Pass
+from sp_compile.placements import REPLICATE, RankLocal
+from sp_compile.program import Program
+
+
+@dataclass(frozen=True)
+class PlanAttention(Pass):
+    """One tile plan per kind of mask."""
+
+    name = "plan_attention"
+    requires = (RAISED, KEYS_PADDED)
+    establishes = (PLANNED,)
+
+    def run(self, program: Program) -> None:
+        """Rewrite in place."""
+        if program.tokens is None:
+            return
+        plans: dict[Any, fx.Node] = {}
+        for node in program.graph.find_nodes(op="call_function", target=torch.ops.sp_compile.attention.default):
+            q, k, v, operands, rule, scale, empty_mean, _, _, _, valid = node.args
+            bounds = program.index_input("q_bounds"), program.index_input("k_bounds")
+            key = (tuple(operands), rule)
+            if key not in plans:
+                with program.graph.inserting_before(node):
+                    plans[key] = program.graph.call_function(
+                        torch.ops.sp_compile.tile_plan.default, (operands, rule, valid, *bounds)
+                    )
+                plans[key].meta["placement"] = RankLocal(plans[key].name) if program.parallel else REPLICATE
+            node.args = (q, k, v, operands, rule, scale, empty_mean, plans[key], *bounds, valid)

@@ -1,0 +1,141 @@
+"""From Dynamo's graph to one functional pre-dispatch ATen graph with a symbolic token length."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
+from torch.fx import traceback
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from sp_compile.errors import CaptureError
+from sp_compile.program import Program
+
+TOKEN_INPUTS = ("input_ids", "inputs_embeds")
+_KEYS = re.compile(r"\['([^']+)'\]|\.([A-Za-z_]\w*)")
+_CONTAINERS = {"self", "kwargs", "_modules", "_parameters", "_buffers", "_orig_mod", "L", "args"}
+
+
+def input_name(source: str) -> str:
+    """A readable name out of Dynamo's source text.
+
+    >>> input_name("L['self']._modules['lm_head']._parameters['weight']")
+    'lm_head_weight'
+    """
+    keys = [first or second for first, second in _KEYS.findall(source)]
+    name = "_".join(key for key in keys if key not in _CONTAINERS)
+    return re.sub(r"\W", "_", name) or "input"
+
+
+def capture(gm: fx.GraphModule, sp: int, group_name: str, outputs: str) -> Program:
+    """Re-trace Dynamo's graph over its fake inputs and find the tokens among them.
+
+    Raises:
+        CaptureError: the graph writes to its inputs, or holds writes that cannot be made functional.
+    """
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    values = [node.meta["example_value"] for node in placeholders]
+    names = [input_name(_source(node)) for node in placeholders]
+    is_weight = ["_parameters" in _source(node) or "_buffers" in _source(node) for node in placeholders]
+    traced = _retrace(gm, values)
+    for node, name, value in zip(traced.graph.find_nodes(op="placeholder"), names, values, strict=True):
+        if not isinstance(value, torch.Tensor):
+            name = "tokens" if isinstance(value, torch.SymInt) else name
+        node._rename(name)
+        node.target = node.name
+    _refuse_writes(traced)
+    token_inputs, tokens = _find_tokens(traced, is_weight)
+    return Program(traced, tokens, sp, group_name, token_inputs, outputs)
+
+
+def _source(node: fx.Node) -> str:
+    argument = node.meta.get("grapharg")
+    if argument is None:
+        return node.name
+    name = argument.source.name
+    return str(name() if callable(name) else name)
+
+
+def _retrace(gm: fx.GraphModule, values: Sequence[Any]) -> fx.GraphModule:
+    def run(*inputs: Any) -> Any:
+        return fx.Interpreter(gm).run(*inputs)
+
+    functional = dispatch_functionalize(run, mode=FunctionalTensorMode(pre_dispatch=True, export=True))
+    with traceback.preserve_node_meta():
+        try:
+            traced = make_fx(functional, pre_dispatch=True, tracing_mode="fake")(*values)
+        except RuntimeError:
+            # higher-order ops (associative scans) and frozen constants do not functionalize; mutations that are left
+            # are looked for below
+            traced = make_fx(run, pre_dispatch=True, tracing_mode="fake")(*values)
+            _writes_to_functional(traced)
+    traced.graph.eliminate_dead_code()
+    return traced
+
+
+def _writes_to_functional(gm: fx.GraphModule) -> None:
+    """Turn ``x.op_(y)`` on a whole tensor into ``x' = x.op(y)``, later uses reading ``x'``."""
+    order = {node: i for i, node in enumerate(gm.graph.nodes)}
+    for node in list(gm.graph.nodes):
+        if not _mutates(node):
+            continue
+        name = node.target._schema.name.removeprefix("aten::").removesuffix("_")
+        written = node.args[0]
+        packet = getattr(torch.ops.aten, name, None)
+        if packet is None or node.target._overloadname not in packet.overloads() or _has_views(written):
+            continue
+        node.target = getattr(packet, node.target._overloadname)
+        written.replace_all_uses_with(node, delete_user_cb=lambda user, at=order[node]: order[user] > at)
+
+
+_FRESH = frozenset({"aten::zeros", "aten::ones", "aten::full", "aten::empty", "aten::zeros_like", "aten::linear",
+                    "aten::add", "aten::mul", "aten::sub", "aten::div", "aten::zeros_like", "aten::clone"})  # fmt: skip
+
+
+def _has_views(node: Any) -> bool:
+    """Whether another tensor may share the node's memory."""
+    if not isinstance(node, fx.Node) or not isinstance(node.target, torch._ops.OpOverload):
+        return True
+    if _aliases(node) and node.target._schema.name.removesuffix("_") not in _FRESH:
+        return True
+    return any(_aliases(user) and not _mutates(user) for user in node.users)
+
+
+def _aliases(node: fx.Node) -> bool:
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return node.op == "call_function"
+    return any(result.alias_info is not None for result in node.target._schema.returns)
+
+
+def _mutates(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _refuse_writes(gm: fx.GraphModule) -> None:
+    for node in gm.graph.nodes:
+        if _mutates(node):
+            line = (node.meta.get("stack_trace") or "").strip().splitlines()[-2:]
+            raise CaptureError(
+                f"the model writes in place with {node.target} and the write cannot be made functional; "
+                f"use the out-of-place op. {' '.join(line)}"
+            )
+
+
+def _find_tokens(gm: fx.GraphModule, is_weight: list[bool]) -> tuple[dict[str, int], sympy.Symbol | None]:
+    """Placeholders that hold the tokens, with their token dim, and the symbol of the token length."""
+    inputs = [
+        node
+        for node, weight in zip(gm.graph.find_nodes(op="placeholder"), is_weight, strict=True)
+        if isinstance(node.meta["val"], torch.Tensor) and not weight
+    ]
+    named = [node for node in inputs if node.name in TOKEN_INPUTS]
+    for node in named or inputs:
+        for dim, size in enumerate(node.meta["val"].shape):
+            if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol):
+                return {node.name: dim}, size.node.expr
+    return {}, None

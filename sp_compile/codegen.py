@@ -1,0 +1,70 @@
+"""From the local graph to something that runs: Inductor code, or the graph itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch._guards import TracingContext, tracing
+
+from sp_compile.compat import compile_graph
+from sp_compile.program import Program
+
+
+class LocalProgram:
+    """Runs a program's local graph, compiled at the first call.
+
+    Compiled code may rest on guards over the sizes that were symbols (tokens, rows per rank, tiles). They are evaluated
+    with the true sizes of each call: where one does not hold, the graph is compiled again for those sizes.
+    """
+
+    def __init__(self, program: Program, build: Callable[[], Program], codegen: str) -> None:
+        self._build = build
+        self._codegen = codegen
+        self._variants: list[tuple[list[Any], dict[str, sympy.Symbol], Callable[..., Any]]] = []
+        self._fresh: Program | None = program
+        self.compiles = 0
+
+    def __call__(self, inputs: list[Any], sizes: Mapping[str, int]) -> Any:
+        """Run on real inputs; ``sizes`` are the true values of the program's symbols."""
+        for guards, symbols, run in self._variants:
+            if _hold(guards, symbols, sizes):
+                return run(*inputs)
+        return self._compile(sizes)(*inputs)
+
+    def _compile(self, sizes: Mapping[str, int]) -> Callable[..., Any]:
+        program = self._fresh if self._fresh is not None else self._build()
+        self._fresh = None
+        self.compiles += 1
+        assert program.local_inputs is not None
+        symbols = {name: size.node.expr for name, size in program.symbols.items()}
+        if self._codegen == "eager":
+            run: Callable[..., Any] = program.gm
+            guards: list[Any] = []
+        else:
+            mode = next(each.fake_mode for each in program.local_inputs if isinstance(each, torch.Tensor))
+            run = compile_graph(_flat(program.gm), program.local_inputs, tracing(TracingContext(mode)))
+            guards = _guards(mode.shape_env)
+        self._variants.append((guards, symbols, run))
+        return run
+
+
+def _flat(gm: fx.GraphModule) -> fx.GraphModule:
+    """Inductor wants a flat tuple of outputs; captured graphs return one already."""
+    (result,) = gm.graph.output_node().args
+    assert isinstance(result, (tuple, list)), "captured graphs return a tuple"
+    return gm
+
+
+def _guards(shape_env: Any) -> list[Any]:
+    """Conditions on symbols that tracing and code generation relied on."""
+    found = [guard.expr for guard in shape_env.guards]
+    return found + [sympy.Eq(symbol, value) for symbol, value in shape_env.replacements.items()]
+
+
+def _hold(guards: list[Any], symbols: Mapping[str, sympy.Symbol], sizes: Mapping[str, int]) -> bool:
+    values = {symbol: sizes[name] for name, symbol in symbols.items() if name in sizes}
+    return all(bool(guard.xreplace(values)) if hasattr(guard, "xreplace") else bool(guard) for guard in guards)

@@ -1,0 +1,182 @@
+"""What a graph can be checked for between passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from sp_compile import ops
+from sp_compile.placements import REPLICATE, Gathered, Placement, Replicate, Shard, describe
+from sp_compile.program import Program, op_name, placement
+from sp_compile.rules import Call, NoRule, apply
+from sp_compile.symbols import expr, is_tensor
+
+
+class Violation(Exception):
+    """An invariant does not hold: which node, what was expected, what was found."""
+
+    def __init__(self, node: fx.Node | None, expected: str, found: str) -> None:
+        where = f"node %{node.name} ({op_name(node)})" if node is not None else "graph"
+        super().__init__(f"{where}: expected {expected}, found {found}")
+
+
+@dataclass(frozen=True)
+class Invariant:
+    """A property of the graph with a check that raises :class:`Violation`."""
+
+    name: str
+    check: Callable[[Program], None]
+
+
+def _functional(program: Program) -> None:
+    for node in program.graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+            raise Violation(node, "no op that writes in place", str(node.target))
+
+
+def _canonical(program: Program) -> None:
+    for node in program.graph.nodes:
+        if node.target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
+            raise Violation(node, "aten.reshape for every change of shape", str(node.target))
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            raise Violation(node, "no metadata assertions", str(node.target))
+
+
+def _raised(program: Program) -> None:
+    for node in program.graph.nodes:
+        if node.target is torch.ops.aten.scaled_dot_product_attention.default and not node.meta.get("not_raised"):
+            raise Violation(node, "sp_compile.attention, or the reason it was not raised", str(node.target))
+
+
+def _tokens_sharded(program: Program) -> None:
+    if not program.parallel:
+        return
+    for name, dim in program.token_inputs.items():
+        (node,) = (each for each in program.graph.find_nodes(op="placeholder") if each.name == name)
+        for user in node.users:
+            if user.target is ops.redistribute and placement(user) == Shard(dim):
+                break
+        else:
+            if node.users:
+                raise Violation(node, f"cut to the rank's rows along dim {dim}", "only used whole")
+
+
+def _placed(program: Program) -> None:
+    if program.tokens is None or not program.parallel:
+        return
+    for node in program.graph.nodes:
+        if node.op != "call_function" or node.target is ops.redistribute:
+            continue
+        if op_name(node) == "getitem":
+            source = placement(node.args[0])
+            _same(node, placement(node), source[node.args[1]] if isinstance(source, tuple) else source)
+            continue
+        inputs = {each: placement(each) for each in node.all_input_nodes if is_tensor(each)}
+        found = placement(node)
+        if all(isinstance(each, Replicate) for each in inputs.values()):
+            # a consumer's wish decides for constants and expansions
+            if found != REPLICATE and not (isinstance(found, tuple) and all(each == REPLICATE for each in found)):
+                _same(node, found, _outcome(Call(node, program.tokens, inputs, found)).output)
+            continue
+        if any(isinstance(each, Gathered) for each in inputs.values()) and node.target not in _TAKES_GATHERED:
+            _same(node, found, _through_dims(program, node, inputs))
+            continue
+        outcome = _outcome(Call(node, program.tokens, inputs, found if isinstance(found, Shard) else None))
+        _same(node, found, outcome.output)
+        for each, needed in outcome.inputs.items():
+            if inputs.get(each, REPLICATE) != needed:
+                raise Violation(node, f"input %{each.name} as {describe(needed)}", describe(inputs[each]))
+
+
+_TAKES_GATHERED = (torch.ops.sp_compile.attention.default, torch.ops.sp_compile.tile_plan.default)
+
+
+def _through_dims(program: Program, node: fx.Node, inputs: dict[fx.Node, Any]) -> Any:
+    """Gathered rows move through an op as the rank's rows would."""
+    assert program.tokens is not None
+    cut = {each: Shard(held.dim) if isinstance(held, Gathered) else held for each, held in inputs.items()}
+    output = _outcome(Call(node, program.tokens, cut)).output
+    parts = output if isinstance(output, tuple) else (output,)
+    whole = tuple(Gathered(each.dim) if isinstance(each, Shard) else each for each in parts)
+    return whole if isinstance(output, tuple) else whole[0]
+
+
+def _outcome(call: Call) -> Any:
+    try:
+        return apply(call)
+    except NoRule as reason:
+        raise Violation(call.node, "a rule for its inputs' placements", str(reason)) from None
+
+
+def _same(node: fx.Node, found: Any, expected: Any) -> None:
+    if found != expected and describe(found) != describe(expected):
+        raise Violation(node, describe(expected), describe(found))
+
+
+def _keys_in_padded_order(program: Program) -> None:
+    if not program.parallel:
+        return
+    for node in program.graph.find_nodes(op="call_function", target=torch.ops.sp_compile.attention.default):
+        for key in node.args[1:3]:
+            if placement(key) != Gathered(2):
+                raise Violation(node, f"%{key.name} as Gathered(2)", describe(placement(key)))
+
+
+def _planned(program: Program) -> None:
+    if program.tokens is None:
+        return
+    for node in program.graph.find_nodes(op="call_function", target=torch.ops.sp_compile.attention.default):
+        if node.args[7] is None:
+            raise Violation(node, "a tile plan", "none")
+
+
+def _outputs_restored(program: Program) -> None:
+    if program.outputs != "full":
+        return
+    for node in program.graph.output_node().all_input_nodes:
+        if is_tensor(node) and placement(node) != REPLICATE:
+            raise Violation(node, "outputs in normal order on every rank", describe(placement(node)))
+
+
+def _gathered_once(program: Program) -> None:
+    seen: dict[fx.Node, fx.Node] = {}
+    for node in program.graph.find_nodes(op="call_function", target=ops.redistribute):
+        source: Placement = placement(node.args[0])
+        if isinstance(source, Shard) and isinstance(placement(node), (Replicate, Gathered)):
+            first = seen.setdefault(node.args[0], node)
+            if first is not node:
+                raise Violation(node, f"%{node.args[0].name} gathered once, by %{first.name}", "gathered again")
+
+
+def _lowered(program: Program) -> None:
+    for node in program.graph.nodes:
+        if node.target in (ops.redistribute, ops.select_rows, ops.row_numbers):
+            raise Violation(node, "index selections and functional collectives only", op_name(node))
+
+
+def _local(program: Program) -> None:
+    if not program.parallel or program.tokens is None:
+        return
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "call_function" and isinstance(value, torch.Tensor):
+            stale = [size for size in value.shape if program.tokens in getattr(expr(size), "free_symbols", ())]
+            if stale:
+                raise Violation(node, "shapes of the local view", f"global size {stale[0]}")
+
+
+FUNCTIONAL = Invariant("functional", _functional)
+CANONICAL = Invariant("canonical", _canonical)
+RAISED = Invariant("attention_raised", _raised)
+TOKENS_SHARDED = Invariant("tokens_sharded", _tokens_sharded)
+PLACED = Invariant("placed", _placed)
+KEYS_PADDED = Invariant("keys_in_padded_order", _keys_in_padded_order)
+PLANNED = Invariant("attention_planned", _planned)
+RESTORED = Invariant("outputs_restored", _outputs_restored)
+GATHERED_ONCE = Invariant("gathered_once", _gathered_once)
+LOWERED = Invariant("lowered", _lowered)
+LOCAL = Invariant("local_shapes", _local)

@@ -1,0 +1,90 @@
+"""Where a value lives: the placement words of torch.distributed.tensor, extended for token layouts.
+
+``Replicate`` and ``Partial`` are torch's own. ``Shard`` is torch's word with what a token layout needs besides the
+dim: a token dim may be merged with others (``[B, S, H, D] -> [B * S * H, D]``), and rows that a rank has sorted among
+themselves (expert routing) are its own rows in another order. ``Gathered`` is what an all-gather alone yields: every
+rank holds all rows, in padded SP order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.distributed.tensor.placement_types import Partial as Partial
+from torch.distributed.tensor.placement_types import Replicate as Replicate
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The rank's rows of the token layout along ``dim``.
+
+    The dim has ``outer * tokens * inner`` elements in row-major order. ``order`` names the node whose sort put the
+    rank's rows into an order of its own, or is empty for the layout's order.
+
+    Integers that number rows, such as the indices that a sort returns, mean the rank's own rows: ``rows`` is how many
+    rows per token they count (0 for any other content) and ``of`` the order in which they count.
+    """
+
+    dim: int
+    outer: int = 1
+    inner: int = 1
+    order: str = ""
+    rows: int = 0
+    of: str = ""
+
+    def __str__(self) -> str:
+        merged = f" of {self.outer}x tokens x{self.inner}" if (self.outer, self.inner) != (1, 1) else ""
+        order = f" by {self.order}" if self.order else ""
+        return f"Shard({self.dim}{merged}{order})"
+
+    def at(self, dim: int) -> Shard:
+        """The same rows along another dim, holding ordinary content."""
+        return Shard(dim, self.outer, self.inner, self.order)
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """All rows on every rank along ``dim``, in padded SP order (``sp * shard_length`` of them)."""
+
+    dim: int
+
+    def __str__(self) -> str:
+        return f"Gathered({self.dim})"
+
+
+@dataclass(frozen=True)
+class QueriesByKeys:
+    """A mask that could not be lifted: the rank's rows along ``queries``, padded SP order along ``keys``."""
+
+    queries: int
+    keys: int
+
+    def __str__(self) -> str:
+        return f"QueriesByKeys({self.queries}, {self.keys})"
+
+
+@dataclass(frozen=True)
+class RankLocal:
+    """A value each rank computes from its own rows, padding included, that only means something beside them.
+
+    Rows per expert are the case: right as the group sizes of the rank's own sorted rows, and wrong for all else.
+    ``source`` names the node that counted.
+    """
+
+    source: str
+
+    def __str__(self) -> str:
+        return f"RankLocal(by {self.source})"
+
+
+Placement = Replicate | Shard | Gathered | QueriesByKeys | RankLocal | Partial
+REPLICATE = Replicate()
+
+
+def describe(placement: Placement | tuple[Placement, ...] | None) -> str:
+    """Short text for graph diffs: ``Replicate``, ``Shard(1)``, ``(Shard(0), Shard(0))``."""
+    if placement is None:
+        return "?"
+    if isinstance(placement, tuple):
+        return "(" + ", ".join(describe(each) for each in placement) + ")"
+    return "Replicate" if isinstance(placement, Replicate) else str(placement)

@@ -1,0 +1,161 @@
+"""A captured model on its way through the pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from sp_compile.placements import REPLICATE, Placement, describe
+from sp_compile.symbols import is_tensor
+
+INDEX_INPUTS = ("local_index", "gathered_index", "gathered_valid", "restore_index", "rank", "q_bounds", "k_bounds")
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """An op that was computed on gathered inputs, or a mask that could not be lifted.
+
+    ``bytes`` are what its gathers bring to one rank, for the length the model was captured at.
+    """
+
+    op: str
+    count: int
+    bytes: int
+    source: str
+    reason: str
+
+
+@dataclass
+class Program:
+    """One FX graph and what the passes know about it.
+
+    Attributes:
+        gm: the graph module; placeholders are the model's parameters and inputs, then the index inputs in use.
+        tokens: symbol of the token length in global shapes; None when the length is fixed or nothing is sharded.
+        sp: number of ranks.
+        group_name: process group of the collectives.
+        token_inputs: placeholders whose rows are cut to the rank's, with their token dim.
+        fallbacks: what was computed on gathered inputs.
+        local_inputs: fake inputs of the local graph, once shapes are local.
+    """
+
+    gm: fx.GraphModule
+    tokens: sympy.Symbol | None
+    sp: int
+    group_name: str
+    token_inputs: dict[str, int]
+    outputs: str = "full"
+    fallbacks: list[Fallback] = field(default_factory=list)
+    local_inputs: list[Any] | None = None
+    symbols: dict[str, torch.SymInt] = field(default_factory=dict)
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph being rewritten."""
+        return self.gm.graph
+
+    @property
+    def parallel(self) -> bool:
+        """Whether anything is sharded at all."""
+        return self.sp > 1 and self.tokens is not None
+
+    def index_input(self, name: str) -> fx.Node:
+        """The placeholder of one of :data:`INDEX_INPUTS`, added at the end of the inputs on first use."""
+        last = None
+        for node in self.graph.nodes:
+            if node.op != "placeholder":
+                break
+            if node.meta.get("index_input") == name:
+                return node
+            last = node
+        with self.graph.inserting_after(last) if last is not None else self.graph.inserting_before():
+            node = self.graph.placeholder(name)
+        node.meta.update(index_input=name, placement=REPLICATE)
+        return node
+
+
+def placement(node: fx.Node) -> Any:
+    """The node's placement; values without one are replicated."""
+    return node.meta.get("placement", REPLICATE)
+
+
+def source_line(node: fx.Node) -> str:
+    """``file:line`` in the model's own code that the node comes from, or an empty string."""
+    trace = node.meta.get("stack_trace") or ""
+    lines = [line.strip() for line in trace.splitlines() if line.strip().startswith("File ")]
+    if not lines:
+        return ""
+    path, _, rest = lines[-1].removeprefix('File "').partition('", line ')
+    return f"{'/'.join(path.split('/')[-2:])}:{rest.split(',')[0]}"
+
+
+def op_name(node: fx.Node) -> str:
+    """Short name of what the node calls: ``aten.linear``."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return f"{target.namespace}.{target._schema.name.split('::')[1]}"
+    return getattr(target, "__name__", str(target))
+
+
+_DTYPES = {"float32": "f32", "float64": "f64", "bfloat16": "bf16", "float16": "f16", "int64": "i64", "int32": "i32",
+           "bool": "b8", "int8": "i8", "uint8": "u8"}  # fmt: skip
+
+
+def _type_text(value: Any, tokens: sympy.Symbol | None) -> str:
+    if isinstance(value, torch.Tensor):
+        dtype = str(value.dtype).removeprefix("torch.")
+        sizes = ", ".join(_size_text(size, tokens) for size in value.shape)
+        return f"{_DTYPES.get(dtype, dtype)}[{sizes}]"
+    if isinstance(value, (tuple, list)):
+        return "(" + ", ".join(_type_text(each, tokens) for each in value) + ")"
+    return f"Sym({_size_text(value, tokens)})" if isinstance(value, torch.SymInt) else type(value).__name__
+
+
+def _size_text(size: Any, tokens: sympy.Symbol | None) -> str:
+    text = str(size)
+    return text.replace(str(tokens), "T") if tokens is not None else text
+
+
+def _argument_text(value: Any) -> str:
+    if isinstance(value, fx.Node):
+        return f"%{value.name}"
+    if isinstance(value, (tuple, list)):
+        return "[" + ", ".join(_argument_text(each) for each in value) + "]"
+    return repr(value) if isinstance(value, str) else str(value)
+
+
+def lines(program: Program) -> Iterator[str]:
+    """The graph as text, one node a line: name, type, placement, call. Parameters that nobody reads are left out."""
+    for node in program.graph.nodes:
+        if node.op == "output":
+            yield f"return {_argument_text(node.args[0])}"
+            continue
+        kind = _type_text(node.meta.get("val"), program.tokens)
+        placed = f" {describe(node.meta['placement'])}" if "placement" in node.meta and _placeable(node) else ""
+        if node.op == "placeholder":
+            if node.users:
+                yield f"%{node.name}: {kind}{placed} = input"
+            continue
+        arguments = [_argument_text(each) for each in node.args]
+        arguments += [f"{key}={_argument_text(each)}" for key, each in node.kwargs.items()]
+        call = op_name(node) if node.op == "call_function" else f"{node.op}:{node.target}"
+        yield f"%{node.name}: {kind}{placed} = {call}({', '.join(arguments)})"
+
+
+def _placeable(node: fx.Node) -> bool:
+    return is_tensor(node) or isinstance(node.meta.get("val"), (tuple, list))
+
+
+def insert_redistribute(program: Program, node: fx.Node, target: Placement, before: fx.Node) -> fx.Node:
+    """Add a change of ``node`` to ``target`` in front of ``before``; the identity in the global view."""
+    from sp_compile import ops
+
+    with program.graph.inserting_before(before):
+        new = program.graph.call_function(ops.redistribute, (node,))
+    new.meta.update(val=node.meta["val"], placement=target, stack_trace=before.meta.get("stack_trace"))
+    return new

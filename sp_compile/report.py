@@ -1,0 +1,142 @@
+"""What a run does: passes, collectives with bytes, rows and attention area per rank, fallbacks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from sp_compile.layout import TokenLayout
+from sp_compile.pipeline import PassStep
+from sp_compile.program import Fallback, Program, source_line
+
+c10d = torch.ops._c10d_functional
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One collective of the local graph.
+
+    ``bytes_sent`` are the bytes that one rank sends: ``(sp - 1)`` times its part for an all-gather (ring or direct),
+    ``2 (sp - 1) / sp`` times the tensor for an all-reduce.
+    """
+
+    name: str
+    kind: str
+    bytes_sent: int
+    shape: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """See the fields; ``str()`` is plain text, :meth:`render` prints with rich where it is installed."""
+
+    sp: int
+    scheme: str
+    lengths: tuple[int, ...]
+    shard_length: int
+    tokens_per_rank: list[int]
+    attention_area_per_rank: list[int]
+    collectives: list[Collective]
+    fallbacks: list[Fallback]
+    steps: list[PassStep]
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes that one rank sends in a forward."""
+        return sum(each.bytes_sent for each in self.collectives)
+
+    def __str__(self) -> str:
+        return "\n".join(_text(self))
+
+    def render(self, console: Any = None) -> None:
+        """Print to a rich console, or to standard output as plain text."""
+        try:
+            from rich.console import Console
+        except ImportError:
+            print(self)
+            return
+        (console or Console()).print(str(self), markup=False, highlight=False)
+
+
+def attention_area(layout: TokenLayout) -> list[int]:
+    """Causal query-key pairs of each rank's rows: the row numbers within their requests, plus one, summed."""
+    starts = torch.tensor([0, *layout.lengths]).cumsum(0)[:-1]
+    owner = torch.repeat_interleave(torch.arange(len(layout.lengths)), torch.tensor(layout.lengths))
+    position = torch.arange(layout.tokens) - starts[owner]
+    area = (position[layout.local_index] + 1) * layout.valid
+    return [int(each) for each in area.sum(dim=1)]
+
+
+def make_report(program: Program, steps: Sequence[PassStep], layout: TokenLayout) -> Report:
+    """Collect a report for one layout."""
+    return Report(
+        sp=program.sp,
+        scheme=layout.scheme,
+        lengths=layout.lengths,
+        shard_length=layout.shard_length,
+        tokens_per_rank=list(layout.tokens_per_rank),
+        attention_area_per_rank=attention_area(layout),
+        collectives=list(_collectives(program, layout)),
+        fallbacks=list(program.fallbacks),
+        steps=list(steps),
+    )
+
+
+def _collectives(program: Program, layout: TokenLayout) -> list[Collective]:
+    values = {size.node.expr: {"tokens": layout.tokens, "shard_length": layout.shard_length}.get(name)
+              for name, size in program.symbols.items()}  # fmt: skip
+    found = []
+    for node in program.graph.nodes:
+        if node.target is c10d.all_gather_into_tensor.default:
+            part = _numel(node.args[0], values)
+            found.append(_collective(node, "all_gather", (program.sp - 1) * part, values))
+        elif node.target is c10d.all_reduce.default:
+            part = _numel(node.args[0], values)
+            found.append(_collective(node, "all_reduce", 2 * (program.sp - 1) * part // program.sp, values))
+    return found
+
+
+def _collective(node: fx.Node, kind: str, elements: int, values: dict[Any, Any]) -> Collective:
+    value = node.meta["val"]
+    shape = [int(_number(size, values)) for size in value.shape]
+    return Collective(node.name, kind, elements * value.element_size(), str(shape), source_line(node))
+
+
+def _numel(node: Any, values: dict[Any, Any]) -> int:
+    total = 1
+    for size in node.meta["val"].shape:
+        total *= int(_number(size, values))
+    return total
+
+
+def _number(size: Any, values: dict[Any, Any]) -> int:
+    return int(size.node.expr.xreplace(values)) if isinstance(size, torch.SymInt) else int(size)
+
+
+def _text(report: Report) -> list[str]:
+    total = sum(report.tokens_per_rank)
+    text = [
+        f"{len(report.lengths)} requests, {total} tokens over {report.sp} ranks, {report.scheme} layout, "
+        f"{report.shard_length} rows per rank with padding",
+        "",
+        "rank  tokens  attention area",
+    ]
+    for rank, (tokens, area) in enumerate(
+        zip(report.tokens_per_rank, report.attention_area_per_rank, strict=True)
+    ):
+        text.append(f"{rank:4}  {tokens:6}  {area:14}")
+    text += ["", "pass                     nodes changed  seconds"]
+    text += [f"{step.name:24} {step.nodes_changed:13}  {step.seconds:7.3f}" for step in report.steps]
+    text += ["", f"{len(report.collectives)} collectives, {report.bytes_sent} bytes sent by each rank"]
+    text += [f"  {each.kind:10} {each.bytes_sent:12} bytes  {each.shape:24} {each.source}" for each in report.collectives]
+    text += ["", f"{len(report.fallbacks)} fallbacks"]
+    text += [
+        f"  {each.op} x{each.count}, {each.bytes} bytes, {each.source or 'no source line'}: {each.reason}"
+        for each in report.fallbacks
+    ]
+    return text

@@ -1,0 +1,51 @@
+"""The canonical attention with gathered keys: queries are the rank's own, keys and values are everyone's."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from sp_compile.placements import REPLICATE, Gathered, Placement, QueriesByKeys, RankLocal, Shard
+from sp_compile.rules.base import Call, NoRule, Outcome, rank_of
+from sp_compile.symbols import shape_of
+
+
+def attention(call: Call) -> Outcome:
+    """Queries sharded along their token dim; keys, values and what masks them whole, in one order for all."""
+    q, k, v, operands = call.node.args[:4]
+    assert isinstance(q, fx.Node) and isinstance(k, fx.Node) and isinstance(v, fx.Node)
+    padded = call.placed.get(k) == Gathered(2)
+    keys: Placement = Gathered(2) if padded else REPLICATE
+    needs: dict[fx.Node, Placement] = {k: keys, v: keys, q: Shard(2)}
+    for operand in operands:  # type: ignore[union-attr]
+        assert isinstance(operand, fx.Node)
+        rank, sizes = rank_of(operand), shape_of(operand)
+        per_query = rank >= 2 and sizes[-2] == shape_of(q)[2]
+        per_key = rank >= 1 and sizes[-1] == shape_of(k)[2]
+        if padded and per_key:
+            needs[operand] = QueriesByKeys(rank - 2, rank - 1) if per_query else Gathered(rank - 1)
+        else:
+            needs[operand] = Shard(rank - 2) if per_query else REPLICATE
+    return Outcome((Shard(2), Shard(2)), needs)
+
+
+def tile_plan(call: Call) -> Outcome:
+    """Each rank plans the tiles of its own queries."""
+    return Outcome(RankLocal(call.node.name))
+
+
+def sdpa(call: Call) -> Outcome:
+    """Attention across other dims than the tokens' (across layers): tokens are batch."""
+    tensors = [each for each in call.tensors if call.shard(each) is not None]
+    placement = call.first_shard()
+    for each in call.node.args[:3]:
+        assert isinstance(each, fx.Node)
+        if rank_of(each) - placement.dim <= 2 or shape_of(each)[placement.dim] != shape_of(tensors[0])[placement.dim]:
+            raise NoRule("attention over the token dim that was not raised")
+    needs: dict[fx.Node, Placement] = {
+        each: placement.at(placement.dim) for each in call.node.args[:3] if isinstance(each, fx.Node)
+    }
+    for each in call.tensors:
+        if each not in needs:
+            same = rank_of(each) > placement.dim and shape_of(each)[placement.dim] == shape_of(tensors[0])[placement.dim]
+            needs[each] = placement.at(placement.dim) if same else REPLICATE
+    return Outcome(placement.at(placement.dim), needs)

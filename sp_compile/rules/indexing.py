@@ -1,0 +1,76 @@
+"""Look-ups: embeddings, advanced indexing, gather and scatter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from sp_compile.placements import REPLICATE, Placement, Shard
+from sp_compile.rules.base import Call, NoRule, Outcome, align, only_input, output_shape, rank_of
+from sp_compile.rules.select import select_rows
+from sp_compile.symbols import is_tensor, shape_of
+
+
+def embedding(call: Call) -> Outcome:
+    """Rows of a table at sharded indices."""
+    weight, ids = call.node.args[:2]
+    return Outcome(only_input(call, ids).at(only_input(call, ids).dim), {weight: REPLICATE})  # type: ignore[dict-item]
+
+
+def index(call: Call) -> Outcome:
+    """Advanced indexing: sharded indices into a replicated table, a sharded table indexed elsewhere, own rows."""
+    source: fx.Node = call.node.args[0]  # type: ignore[assignment]
+    indices: list[Any] = list(call.node.args[1])  # type: ignore[arg-type]
+    used = [dim for dim, each in enumerate(indices) if each is not None]
+    tensors = [indices[dim] for dim in used]
+    if any(each.meta["val"].dtype in (torch.bool, torch.uint8) for each in tensors):
+        raise NoRule("indexes by a mask")
+    start = used[0] if used == list(range(used[0], used[-1] + 1)) else 0
+    width = max(rank_of(each) for each in tensors)
+    table = call.shard(source)
+    if table is None:
+        span = output_shape(call.node)[start : start + width]
+        placement, needs = align(call, tensors, span)
+        if placement.rows or any(shard.rows for _, shard in call.sharded()):
+            raise NoRule("own row numbers into a replicated table")
+        return Outcome(placement.at(placement.dim + start), {**needs, source: REPLICATE})
+    if table.dim not in used:
+        before = sum(dim < table.dim for dim in used)
+        moved = table.dim - before + (width if start <= table.dim and (start or used[0] == 0) else 0)
+        return Outcome(table.at(moved), dict.fromkeys(tensors, REPLICATE))
+    chosen = call.shard(indices[table.dim])
+    if chosen is None:
+        if len(used) > 1 or width != 1:
+            raise NoRule("indexes the token dim together with others")
+        return select_rows(call, source, table.dim, indices[table.dim])
+    if chosen.rows != table.outer * table.inner or chosen.of != table.order or len(used) > 1:
+        raise NoRule("indexes tokens of other ranks")
+    return Outcome(Shard(chosen.dim + start, chosen.outer, chosen.inner, chosen.order))
+
+
+def index_select(call: Call) -> Outcome:
+    """Rows along one dim."""
+    source, dim, rows = call.node.args[:3]
+    placement = only_input(call, source)
+    dim = int(dim) % rank_of(source)  # type: ignore[arg-type]
+    if dim == placement.dim:
+        return select_rows(call, source, dim, rows)  # type: ignore[arg-type]
+    return Outcome(placement.at(placement.dim), {rows: REPLICATE})  # type: ignore[dict-item]
+
+
+def same_place(call: Call) -> Outcome:
+    """``gather`` and ``scatter`` along another dim than the tokens': every tensor is cut alike."""
+    values = call.arguments()
+    source, dim = values["self"], values["dim"] % rank_of(values["self"])
+    placement = call.first_shard()
+    if placement.dim == dim:
+        raise NoRule("looks up along the token dim")
+    needs: dict[fx.Node, Placement] = {}
+    for node in (source, values["index"], values.get("src")):
+        if is_tensor(node):
+            if shape_of(node)[placement.dim] != shape_of(source)[placement.dim]:
+                raise NoRule("the index covers only part of the tokens")
+            needs[node] = placement.at(placement.dim)
+    return Outcome(placement.at(placement.dim), needs)

@@ -1,0 +1,39 @@
+"""Ops over whole dims: reductions, softmax, scans, sorts, norms. Fine as long as the token dim is not among them."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from sp_compile.placements import Placement
+from sp_compile.rules.base import Call, NoRule, Outcome, only_input, output_shape, rank_of, replicate_others
+
+
+def along_dims(call: Call) -> Outcome:
+    """Ops with a ``dim`` argument, kept or dropped in the output; all outputs are sharded alike."""
+    values = call.arguments()
+    source = values.get("self", call.node.args[0])
+    placement = only_input(call, source)
+    rank, dims = rank_of(source), values.get("dim", values.get("dims"))
+    if dims is None or dims == []:
+        raise NoRule("reduces over all dims")
+    touched = {dim % rank for dim in ([dims] if isinstance(dims, int) else dims)}
+    if placement.dim in touched:
+        raise NoRule("runs over the token dim")
+    dropped = rank != len(output_shape(call.node))
+    output = placement.at(placement.dim - (sum(dim < placement.dim for dim in touched) if dropped else 0))
+    value = call.node.meta["val"]
+    needs: dict[fx.Node, Placement] = {**replicate_others(call, source)}
+    return Outcome((output,) * len(value) if isinstance(value, (tuple, list)) else output, needs)
+
+
+def last_dims(call: Call) -> Outcome:
+    """Norms over the last dims, as many as ``normalized_shape`` has."""
+    values = call.arguments()
+    source = values["input"]
+    placement = only_input(call, source)
+    if placement.dim >= rank_of(source) - len(values["normalized_shape"]):
+        raise NoRule("normalizes over the token dim")
+    value = call.node.meta["val"]
+    output = placement.at(placement.dim)
+    placed = (output,) * len(value) if isinstance(value, (tuple, list)) else output
+    return Outcome(placed, replicate_others(call, source))

@@ -1,0 +1,242 @@
+"""Masks and score changes of attention as small programs over broadcast operands.
+
+A rule is text, one assignment per ``;``, so it prints in a graph, hashes, and travels as an op argument::
+
+    t0 = le(x1, x0); mask = and(t0, x2)
+
+``x<i>`` are operands that broadcast to ``[batch, heads, queries, keys]`` (a vector per query has size 1 at the keys and
+the other way round), ``score`` is ``scale * q @ k^T``. A rule assigns any of ``mask`` (bool, True attends), ``bias``
+(added to the score) and ``score`` (replaces the score before the bias). Evaluated on slices of the operands it yields
+the tile of a mask; evaluated on ranges of them it tells which tiles are empty or full, without touching an element.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+
+OUTPUTS = ("mask", "bias", "score")
+
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "add": torch.add,
+    "sub": torch.sub,
+    "mul": torch.mul,
+    "div": torch.div,
+    "floor_divide": torch.floor_divide,
+    "neg": torch.neg,
+    "abs": torch.abs,
+    "pow": torch.pow,
+    "exp": torch.exp,
+    "log": torch.log,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "maximum": torch.maximum,
+    "minimum": torch.minimum,
+    "clamp": torch.clamp,
+    "le": torch.le,
+    "lt": torch.lt,
+    "ge": torch.ge,
+    "gt": torch.gt,
+    "eq": torch.eq,
+    "ne": torch.ne,
+    "and": torch.logical_and,
+    "or": torch.logical_or,
+    "xor": torch.logical_xor,
+    "not": torch.logical_not,
+    "where": torch.where,
+    "bool": lambda value: value.to(torch.bool),
+    "int": lambda value: value.to(torch.int64),
+    "float": lambda value: value.to(torch.float32),
+}
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """``name = function(arguments)``; arguments are names of values or numbers."""
+
+    name: str
+    function: str
+    arguments: tuple[Any, ...]
+
+
+@lru_cache(maxsize=256)
+def parse(rule: str) -> tuple[Assignment, ...]:
+    """Read a rule's text.
+
+    Raises:
+        ValueError: the text is not a rule; the message names the assignment.
+
+    >>> parse("mask = le(x1, x0)")
+    (Assignment(name='mask', function='le', arguments=('x1', 'x0')),)
+    """
+    parts = [part.strip() for part in rule.split(";") if part.strip()]
+    return tuple(_assignment(part) for part in parts)
+
+
+def _assignment(text: str) -> Assignment:
+    name, _, call = (piece.strip() for piece in text.partition("="))
+    function, _, inner = call.partition("(")
+    if not name.isidentifier() or function not in {*FUNCTIONS, "copy"} or not inner.endswith(")"):
+        raise ValueError(f"not an assignment of a score rule: {text!r}")
+    return Assignment(name, function, tuple(_argument(each.strip()) for each in inner[:-1].split(",")))
+
+
+def _argument(text: str) -> Any:
+    if text.isidentifier() and text not in ("True", "False", "inf", "nan"):
+        return text
+    return float(text) if text in ("inf", "-inf", "nan") else ast.literal_eval(text)
+
+
+def format_rule(assignments: Sequence[Assignment]) -> str:
+    """The text of a rule; the inverse of :func:`parse`."""
+    return "; ".join(f"{each.name} = {each.function}({', '.join(map(str, each.arguments))})" for each in assignments)
+
+
+def evaluate(
+    rule: str, operands: Sequence[torch.Tensor], outputs: Sequence[str], score: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
+    """Compute those of ``outputs`` that the rule assigns, on operands that broadcast to a tile of the scores."""
+    values: dict[str, Any] = {f"x{i}": operand for i, operand in enumerate(operands)}
+    values["score"] = score
+    device = operands[0].device if operands else (score.device if score is not None else torch.device("cpu"))
+    for each in _needed(rule, tuple(outputs)):
+        inputs = [values[item] if isinstance(item, str) else item for item in each.arguments]
+        values[each.name] = inputs[0] if each.function == "copy" else _call(each.function, inputs, device)
+    return {name: values[name] for name in outputs if assigns(rule, name)}
+
+
+@lru_cache(maxsize=256)
+def _needed(rule: str, outputs: tuple[str, ...]) -> tuple[Assignment, ...]:
+    needed, kept = set(outputs), []
+    for each in reversed(parse(rule)):
+        if each.name in needed:
+            kept.append(each)
+            needed.discard(each.name)
+            needed.update(item for item in each.arguments if isinstance(item, str))
+    return tuple(reversed(kept))
+
+
+def _call(function: str, inputs: list[Any], device: torch.device) -> torch.Tensor:
+    if function not in ("pow", "clamp"):
+        inputs = [each if isinstance(each, torch.Tensor) else torch.tensor(each, device=device) for each in inputs]
+    return FUNCTIONS[function](*inputs)  # type: ignore[no-any-return]
+
+
+def assigns(rule: str, name: str) -> bool:
+    """Whether the rule sets ``mask``, ``bias`` or ``score``."""
+    return any(each.name == name for each in parse(rule))
+
+
+Interval = tuple[np.ndarray, np.ndarray]
+_UNKNOWN: Interval = (np.asarray(-math.inf), np.asarray(math.inf))
+
+
+def mask_ranges(rule: str, ranges: Sequence[Interval]) -> Interval:
+    """Lower and upper bound of the mask (0 or 1) from bounds of the operands, each broadcast to ``[queries, keys]``.
+
+    ``(1, 1)`` means every element attends, ``(0, 0)`` none does; anything else decides nothing.
+    """
+    values: dict[str, Interval] = {f"x{i}": each for i, each in enumerate(ranges)}
+    with np.errstate(all="ignore"):
+        for each in parse(rule):
+            inputs = [
+                values.get(item, _UNKNOWN) if isinstance(item, str) else (np.asarray(float(item)),) * 2
+                for item in each.arguments
+            ]
+            values[each.name] = _interval(each.function, inputs)
+    low, high = values["mask"]
+    return np.where(np.isnan(low), 0, low), np.where(np.isnan(high), 1, high)
+
+
+def _truth(value: Interval) -> Interval:
+    low, high = value
+    return ((low > 0) | (high < 0)).astype(float), ((low != 0) | (high != 0)).astype(float)
+
+
+def _interval(function: str, inputs: list[Interval]) -> Interval:
+    rule = _INTERVALS.get(function)
+    if rule is not None:
+        return rule(*inputs)
+    return (np.asarray(0.0), np.asarray(1.0)) if function in ("xor", "bool") else _UNKNOWN
+
+
+def _compare(low: np.ndarray, high: np.ndarray) -> Interval:
+    return low.astype(float), high.astype(float)
+
+
+def _mul(a: Interval, b: Interval) -> Interval:
+    corners = [x * y for x in a for y in b]
+    return np.minimum.reduce(np.broadcast_arrays(*corners)), np.maximum.reduce(np.broadcast_arrays(*corners))
+
+
+def _floor_divide(a: Interval, b: Interval) -> Interval:
+    if b[0].ndim or b[0] != b[1] or b[0] <= 0:
+        return _UNKNOWN
+    return np.floor(a[0] / b[0]), np.floor(a[1] / b[0])
+
+
+def _eq(a: Interval, b: Interval) -> Interval:
+    sure = (a[0] == a[1]) & (b[0] == b[1]) & (a[0] == b[0])
+    return _compare(sure, (a[0] <= b[1]) & (b[0] <= a[1]))
+
+
+def _not(a: Interval) -> Interval:
+    low, high = _truth(a)
+    return 1 - high, 1 - low
+
+
+def _and(a: Interval, b: Interval) -> Interval:
+    (a_low, a_high), (b_low, b_high) = _truth(a), _truth(b)
+    return a_low * b_low, a_high * b_high
+
+
+def _or(a: Interval, b: Interval) -> Interval:
+    (a_low, a_high), (b_low, b_high) = _truth(a), _truth(b)
+    return np.maximum(a_low, b_low), np.maximum(a_high, b_high)
+
+
+def _where(condition: Interval, a: Interval, b: Interval) -> Interval:
+    low, high = _truth(condition)
+    least, most = np.minimum(a[0], b[0]), np.maximum(a[1], b[1])
+    return (
+        np.where(low == 1, a[0], np.where(high == 0, b[0], least)),
+        np.where(low == 1, a[1], np.where(high == 0, b[1], most)),
+    )
+
+
+def _abs(a: Interval) -> Interval:
+    largest = np.maximum(np.abs(a[0]), np.abs(a[1]))
+    return np.where((a[0] <= 0) & (a[1] >= 0), 0.0, np.minimum(np.abs(a[0]), np.abs(a[1]))), largest
+
+
+_INTERVALS: Mapping[str, Callable[..., Interval]] = {
+    "copy": lambda a: a,
+    "int": lambda a: (np.trunc(a[0]), np.trunc(a[1])),
+    "float": lambda a: a,
+    "bool": _truth,
+    "add": lambda a, b: (a[0] + b[0], a[1] + b[1]),
+    "sub": lambda a, b: (a[0] - b[1], a[1] - b[0]),
+    "neg": lambda a: (-a[1], -a[0]),
+    "abs": _abs,
+    "mul": _mul,
+    "floor_divide": _floor_divide,
+    "maximum": lambda a, b: (np.maximum(a[0], b[0]), np.maximum(a[1], b[1])),
+    "minimum": lambda a, b: (np.minimum(a[0], b[0]), np.minimum(a[1], b[1])),
+    "le": lambda a, b: _compare(a[1] <= b[0], a[0] <= b[1]),
+    "lt": lambda a, b: _compare(a[1] < b[0], a[0] < b[1]),
+    "ge": lambda a, b: _compare(a[0] >= b[1], a[1] >= b[0]),
+    "gt": lambda a, b: _compare(a[0] > b[1], a[1] > b[0]),
+    "eq": _eq,
+    "ne": lambda a, b: _not(_eq(a, b)),
+    "and": _and,
+    "or": _or,
+    "not": _not,
+    "where": _where,
+}

@@ -1,0 +1,48 @@
+"""Reading the token length out of symbolic shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+
+def expr(size: int | torch.SymInt) -> sympy.Expr:
+    """The size as a sympy expression."""
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
+
+
+def shape_of(node: fx.Node) -> tuple[sympy.Expr, ...]:
+    """The node's global shape as sympy expressions; empty when it is not a tensor."""
+    value = node.meta.get("val")
+    return tuple(expr(size) for size in value.shape) if isinstance(value, torch.Tensor) else ()
+
+
+def is_tensor(node: Any) -> bool:
+    """Whether the node carries one tensor."""
+    return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def coefficient(size: sympy.Expr, tokens: sympy.Symbol | None) -> int:
+    """``c`` when the size is ``c * tokens``, else 0."""
+    if tokens is None or tokens not in size.free_symbols:
+        return 0
+    quotient = size / tokens
+    return int(quotient) if quotient.is_Integer else 0
+
+
+def token_dims(node: fx.Node, tokens: sympy.Symbol | None) -> dict[int, int]:
+    """Dims of the node whose size is a multiple of the token length, with the multiple."""
+    found = {dim: coefficient(size, tokens) for dim, size in enumerate(shape_of(node))}
+    return {dim: times for dim, times in found.items() if times}
+
+
+def product(sizes: Sequence[sympy.Expr]) -> sympy.Expr:
+    """Product of sizes, 1 for none."""
+    result: sympy.Expr = sympy.Integer(1)
+    for size in sizes:
+        result = result * size
+    return result
