@@ -1,0 +1,47 @@
+# make demo       set up and run the main job on two local ranks
+# make test       set up and run the tests; make test-all adds the slow ones
+# make check      ruff and mypy
+# make golden     write the golden graph diffs anew, for review with git diff
+VENV ?= .venv
+PYTHON ?= python3
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+CONFIG ?= configs/prefill.yaml
+ARGS ?= sp=2
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --constraint constraints.txt $(PIP_ARGS)
+READY := $(VENV)/.installed
+
+.PHONY: demo test test-all check golden clean
+
+demo: $(READY)
+	$(BIN)/sp-compile run $(CONFIG) $(ARGS)
+
+test: $(READY)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-all: $(READY)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# mypy cannot see that the folder passes/ is the package sp_compile.passes; a tree of links can show it.
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build/types && mkdir -p build/types/sp_compile
+	ln -s $(CURDIR)/sp_compile/* $(CURDIR)/passes build/types/sp_compile/
+	cd build/types && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p sp_compile
+
+golden: $(READY)
+	SP_COMPILE_GOLDEN=write $(BIN)/python -m pytest tests -k golden $(PYTEST_ARGS)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else \
+	  "Python 3.11 or newer is needed, %s is %d.%d; name another: make PYTHON=python3.12" % (sys.executable, v[0], v[1]))'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
