@@ -1,0 +1,273 @@
+"""Configurations: typed schemas, YAML files and ``key=value`` overrides over them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sp_compile.errors import ConfigError, nearest
+
+CHOICES = {
+    "scheme": ("contiguous", "zigzag"),
+    "outputs": ("full", "sharded"),
+    "codegen": ("inductor", "eager"),
+    "dtype": ("float32", "float64", "bfloat16", "float16"),
+    "split": ("passages", "lines", "files"),
+    "device": ("auto", "cpu", "cuda"),
+}
+AT_LEAST_1 = ("sp", "repeats", "max_requests", "max_tokens")
+
+
+class _Checked:
+    """Values with a fixed set of choices or a lower bound are checked whenever a configuration is made."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if name in CHOICES and value not in CHOICES[name]:
+                raise ConfigError(f"{name}={value!r} is not known; pass one of {', '.join(CHOICES[name])}")
+            if name in AT_LEAST_1 and value is not None and value < 1:
+                raise ConfigError(f"{name}={value!r} is too small; pass at least 1")
+
+
+@dataclass
+class CompileConfig(_Checked):
+    """How a model is parallelized; the options of :func:`sp_compile.parallelize`.
+
+    Attributes:
+        scheme: who holds which tokens: ``contiguous`` or ``zigzag`` (balances causal attention).
+        outputs: ``full``: whole, in normal order, on every rank; ``sharded``: left on the ranks.
+        codegen: ``inductor`` generates code, ``eager`` runs the rewritten graph as it is.
+        strict: refuse ops that have no rule, instead of computing them on gathered inputs.
+        attention: strategy for attention.
+        verify_passes: check the graph's invariants after every pass.
+        check_inputs: compare the ranks' inputs before every forward.
+        pipeline: pass names or ``{name: options}`` maps; the default pipeline when null.
+    """
+
+    scheme: str = "zigzag"
+    outputs: str = "full"
+    codegen: str = "inductor"
+    strict: bool = False
+    attention: str = "allgather_kv"
+    verify_passes: bool = True
+    check_inputs: bool = True
+    pipeline: list[Any] | None = None
+
+
+@dataclass
+class ModelConfig(_Checked):
+    """The model to run: a saved one, or random weights.
+
+    Attributes:
+        path: a ``save_pretrained`` directory or a hub id; null for random weights.
+        revision: the hub revision of ``path``.
+        trust_remote_code: run Python code that comes with ``path``.
+        architecture: without ``path``, a class that ``AutoModelForCausalLM`` can build.
+        config: without ``path``, keyword arguments of that class's transformers configuration.
+        dtype: of the weights.
+        attn_implementation: ``sdpa`` or ``eager``.
+        seed: of the random weights.
+    """
+
+    path: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    architecture: str = "LlamaForCausalLM"
+    config: dict[str, Any] = field(default_factory=dict)
+    dtype: str = "float32"
+    attn_implementation: str = "sdpa"
+    seed: int = 0
+
+
+@dataclass
+class RequestsConfig(_Checked):
+    """The requests of the batch, read from text files.
+
+    Attributes:
+        files: paths or glob patterns; the text that ships with sp_compile when null.
+        split: one request per ``passages`` (parts between blank lines), ``lines`` or ``files``.
+        max_requests: use only the first so many.
+        max_tokens: cut each request after so many tokens.
+    """
+
+    files: list[str] | None = None
+    split: str = "passages"
+    max_requests: int | None = None
+    max_tokens: int | None = None
+
+
+@dataclass
+class RunConfig(_Checked):
+    """How the job runs.
+
+    Attributes:
+        sp: ranks that share the batch; as many are started, unless torchrun has started them.
+        device: ``cuda`` needs a GPU for each rank; ``auto`` takes it where that is so.
+        warmup: forwards after the first, which compiles, before any is timed.
+        repeats: timed forwards; the median counts.
+        compare: run the unsharded model too.
+        timeout: seconds that the ranks may take in all.
+        json: file for the results.
+    """
+
+    sp: int = 2
+    device: str = "auto"
+    warmup: int = 1
+    repeats: int = 3
+    compare: bool = True
+    timeout: float = 1800.0
+    json: str | None = None
+
+
+@dataclass
+class JobConfig:
+    """A job file: what ``sp-compile run`` takes."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    requests: RequestsConfig = field(default_factory=RequestsConfig)
+    compile: CompileConfig = field(default_factory=CompileConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+SECTIONS: dict[str, type] = {
+    "model": ModelConfig,
+    "requests": RequestsConfig,
+    "compile": CompileConfig,
+    "run": RunConfig,
+}
+
+
+def load_config(source: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
+    """Read a job file.
+
+    Args:
+        source: a YAML file, or the name of one that ships with sp_compile, such as ``configs/prefill.yaml``.
+        overrides: ``section.key=value``; the section may be left out where only one has the key.
+
+    Raises:
+        ConfigError: no such file, no valid YAML, or a key or value that the schema does not have.
+    """
+    content = _read(source)
+    _check_keys(content, JobConfig, "")
+    parts = [content]
+    for override in overrides:
+        part = _parse(override)
+        _check_keys(part, JobConfig, "")
+        parts.append(part)
+    return _merge(JobConfig, parts)
+
+
+def compile_config(
+    value: str | Path | Mapping[str, Any] | CompileConfig | None = None, **overrides: Any
+) -> CompileConfig:
+    """The compile section out of whatever ``parallelize(config=...)`` takes.
+
+    Args:
+        value: a YAML file or a mapping, either a whole job or only its compile section, or a ready configuration.
+        **overrides: fields of :class:`CompileConfig`; those that are None are left as they are.
+
+    Raises:
+        ConfigError: as :func:`load_config`.
+    """
+    chosen = {name: each for name, each in overrides.items() if each is not None}
+    _check_keys(chosen, CompileConfig, "")
+    if value is None or isinstance(value, CompileConfig):
+        return _merge(CompileConfig, [value or CompileConfig(), chosen])
+    content = dict(value) if isinstance(value, Mapping) else _read(value)
+    if content and content.keys() <= SECTIONS.keys():
+        _check_keys(content, JobConfig, "")
+        content = content.get("compile") or {}
+    _check_keys(content, CompileConfig, "")
+    return _merge(CompileConfig, [content, chosen])
+
+
+def _read(source: str | Path) -> dict[str, Any]:
+    path = Path(source)
+    if path.is_file():
+        text = path.read_text(encoding="utf-8")
+    else:
+        shipped = {each.name: each for each in resources.files("sp_compile.configs").iterdir() if ".yaml" in each.name}
+        name = path.name if path.suffix else f"{path.name}.yaml"
+        if name not in shipped or path.parent not in (Path(), Path("configs")):
+            hint = nearest(name, shipped)
+            raise ConfigError(f"there is no file {str(source)!r}, and none of that name ships with sp_compile{hint}")
+        text = shipped[name].read_text(encoding="utf-8")
+    try:
+        content = OmegaConf.to_container(OmegaConf.create(text))
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{source} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{source} holds a {type(content).__name__}; expected the sections {', '.join(SECTIONS)}")
+    return {str(key): value for key, value in content.items()}
+
+
+def _parse(override: str) -> dict[str, Any]:
+    """One ``key=value``, with the section put before the key where it is left out."""
+    key, equals, _ = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{override!r} is not key=value; write for example sp=2 or model.dtype=bfloat16")
+    first = key.split(".")[0]
+    if first not in SECTIONS:
+        owners = [name for name, kind in SECTIONS.items() if first in _fields(kind)]
+        if not owners:
+            known = [*SECTIONS, *(each for kind in SECTIONS.values() for each in _fields(kind))]
+            raise ConfigError(f"unknown key {key!r}{nearest(first, known)}")
+        override = f"{owners[0]}.{override}"
+    try:
+        return OmegaConf.to_container(OmegaConf.from_dotlist([override]))  # type: ignore[return-value]
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{override!r} cannot be read: {' '.join(str(error).split())}") from error
+
+
+def _fields(kind: type) -> dict[str, Any]:
+    return {each.name: each for each in dataclasses.fields(kind)}
+
+
+def _check_keys(content: Mapping[str, Any], kind: type, where: str) -> None:
+    known = _fields(kind)
+    for key, value in content.items():
+        if key not in known:
+            raise ConfigError(f"unknown key {where + str(key)!r}{nearest(str(key), known)}")
+        if kind is JobConfig and value is not None:
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"section {key!r} is {value!r}; expected keys and values")
+            _check_keys(value, SECTIONS[key], f"{key}.")
+
+
+def _merge(kind: type, parts: Sequence[Any]) -> Any:
+    """Merge parts over the schema's defaults and make the typed object."""
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(kind), *(_present(part) for part in parts))
+        return OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        name = error.full_key or "the configuration"
+        raise ConfigError(f"{name}: {str(error).splitlines()[0]}{_allowed(kind, error.full_key)}") from error
+
+
+def _present(part: Any) -> Any:
+    """Sections left empty keep their defaults; one file name alone is a list of one."""
+    if not isinstance(part, dict):
+        return part
+    part = {key: value for key, value in part.items() if value is not None or key not in SECTIONS}
+    files = (part.get("requests") or {}).get("files")
+    return part | {"requests": {**part["requests"], "files": [files]}} if isinstance(files, str) else part
+
+
+def _allowed(kind: type, key: str | None) -> str:
+    *sections, name = (key or "").split("[")[0].split(".")
+    for section in sections[:1]:
+        kind = SECTIONS.get(section, kind)
+    spec = _fields(kind).get(name)
+    if spec is None:
+        return ""
+    words = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false", "None": "null"}
+    options = [words.get(each.strip(), each.strip()) for each in str(spec.type).split("|")]
+    return f"; expected {' or '.join(options)}"

@@ -1,0 +1,110 @@
+"""Configurations: what is accepted, and what each mistake is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sp_compile.config import CompileConfig, JobConfig, compile_config, load_config
+from sp_compile.errors import ConfigError
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    def _write(text: str) -> Path:
+        path = tmp_path / "job.yaml"
+        path.write_text(text)
+        return path
+
+    return _write
+
+
+def test_the_shipped_job_is_found_by_each_of_its_names(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    jobs = [load_config(name) for name in ("prefill", "prefill.yaml", "configs/prefill.yaml")]
+    assert jobs[0] == jobs[1] == jobs[2]
+    assert jobs[0].model.architecture == "LlamaForCausalLM"
+    assert (jobs[0].run.sp, jobs[0].compile.scheme) == (2, "zigzag")
+
+
+def test_a_file_only_needs_what_differs(write):
+    job = load_config(write("compile: {scheme: contiguous}\nrun:\n"))
+    assert job == JobConfig(compile=CompileConfig(scheme="contiguous"))
+
+
+def test_overrides_come_last_and_may_leave_out_the_section(write):
+    path = write("run: {sp: 4}\nmodel: {config: {hidden_size: 64, num_hidden_layers: 2}}\n")
+    job = load_config(path, ["sp=3", "run.timeout=5", "model.config.num_hidden_layers=1", "scheme=contiguous"])
+    assert (job.run.sp, job.run.timeout, job.compile.scheme) == (3, 5.0, "contiguous")
+    assert job.model.config == {"hidden_size": 64, "num_hidden_layers": 1}
+
+
+def test_one_file_of_requests_is_a_list_of_one(write):
+    assert load_config(write(""), ["requests.files=a*.txt"]).requests.files == ["a*.txt"]
+    assert load_config(write(""), ["files=[a.txt, b.txt]"]).requests.files == ["a.txt", "b.txt"]
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("modle: {}", [], r"unknown key 'modle'; did you mean 'model'\?"),
+        ("model: {pth: x}", [], r"unknown key 'model.pth'; did you mean 'path'\?"),
+        ("", ["run.repeat=3"], r"unknown key 'run.repeat'; did you mean 'repeats'\?"),
+        ("", ["schema=zigzag"], r"unknown key 'schema'; did you mean 'scheme'\?"),
+        ("", ["qqq=1"], r"unknown key 'qqq'; known: .*architecture"),
+        ("", ["sp"], r"'sp' is not key=value"),
+        ("", ["sp=two"], r"run.sp: .*'two'.*; expected a whole number$"),
+        ("", ["strict=maybe"], r"compile.strict: .*; expected true or false$"),
+        ("", ["max_tokens=many"], r"requests.max_tokens: .*; expected a whole number or null$"),
+        ("", ["sp=0"], r"sp=0 is too small; pass at least 1"),
+        ("", ["scheme=zigzig"], r"scheme='zigzig' is not known; pass one of contiguous, zigzag"),
+        ("", ["dtype=int8"], r"dtype='int8' is not known; pass one of float32"),
+        ("model: 3", [], r"section 'model' is 3; expected keys and values"),
+        ("- model", [], r"holds a list; expected the sections model, requests, compile, run"),
+        ("model: [", [], r"cannot be read as YAML: .*line 2"),
+        ("model: !!python/object/apply:os.getcwd []", [], r"cannot be read as YAML: .*python/object"),
+        ("", ["model.config={a: [}"], r"cannot be read"),
+    ],
+)
+def test_mistakes_are_told(write, text: str, overrides: list[str], message: str):
+    with pytest.raises(ConfigError, match=message):
+        load_config(write(text), overrides)
+
+
+def test_a_missing_file_names_the_nearest_shipped_one(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"no file 'prefil.yaml'.*did you mean 'prefill.yaml'\?"):
+        load_config("prefil.yaml")
+    with pytest.raises(ConfigError, match="there is no file"):
+        load_config(tmp_path / "prefill.yaml")
+
+
+def test_compile_config_takes_whole_jobs_and_bare_sections(write):
+    bare = compile_config(
+        write("scheme: contiguous\npipeline: [normalize, {shard_attention: {strategy: allgather_kv}}]")
+    )
+    assert bare.scheme == "contiguous"
+    assert bare.pipeline == ["normalize", {"shard_attention": {"strategy": "allgather_kv"}}]
+    assert compile_config(write("compile: {codegen: eager}\nrun: {sp: 4}")).codegen == "eager"
+    assert compile_config(write("run: {sp: 4}")) == compile_config({}) == compile_config(None) == CompileConfig()
+    assert compile_config({"compile": {"strict": True}}).strict
+
+
+def test_compile_overrides_win_and_none_is_ignored():
+    given = CompileConfig(scheme="contiguous", strict=True)
+    chosen = compile_config(given, scheme="zigzag", strict=None, outputs="sharded")
+    assert chosen == CompileConfig(scheme="zigzag", strict=True, outputs="sharded")
+    assert given == CompileConfig(scheme="contiguous", strict=True)
+
+
+def test_compile_mistakes_are_told():
+    with pytest.raises(ConfigError, match=r"unknown key 'atention'; did you mean 'attention'\?"):
+        compile_config(None, atention="ring")
+    with pytest.raises(ConfigError, match=r"unknown key 'compile.sceme'; did you mean 'scheme'\?"):
+        compile_config({"compile": {"sceme": "zigzag"}})
+    with pytest.raises(ConfigError, match=r"strict: .*; expected true or false"):
+        compile_config({"strict": "maybe"})
+    with pytest.raises(ConfigError, match="codegen='triton' is not known; pass one of inductor, eager"):
+        compile_config(None, codegen="triton")
+    with pytest.raises(ConfigError, match=r"pipeline: .*; expected "):
+        compile_config(None, pipeline="normalize")
