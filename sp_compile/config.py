@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from omegaconf import OmegaConf
@@ -23,6 +23,7 @@ CHOICES = {
     "split": ("passages", "lines", "files"),
     "device": ("auto", "cpu", "cuda"),
 }
+Config = TypeVar("Config", "CompileConfig", "JobConfig")
 AT_LEAST_1 = ("sp", "repeats", "max_requests", "max_tokens")
 
 
@@ -242,14 +243,15 @@ def _check_keys(content: Mapping[str, Any], kind: type, where: str) -> None:
             _check_keys(value, SECTIONS[key], f"{key}.")
 
 
-def _merge(kind: type, parts: Sequence[Any]) -> Any:
+def _merge(kind: type[Config], parts: Sequence[Any]) -> Config:
     """Merge parts over the schema's defaults and make the typed object."""
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(kind), *(_present(part) for part in parts))
-        return OmegaConf.to_object(merged)
+        merged = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), *(_present(part) for part in parts)))
     except OmegaConfBaseException as error:
         name = error.full_key or "the configuration"
         raise ConfigError(f"{name}: {str(error).splitlines()[0]}{_allowed(kind, error.full_key)}") from error
+    assert isinstance(merged, kind), "OmegaConf makes what the schema says"
+    return merged
 
 
 def _present(part: Any) -> Any:

@@ -95,7 +95,7 @@ def launch(
     threads = _threads(sp)
     deadline = time.monotonic() + timeout
     # The store lives here: no rank has to outlive the others, and the port is free because it is bound already.
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout))
+    store = _store(0, timeout)
     with tempfile.TemporaryDirectory(prefix="sp_compile-") as folder:
         Path(folder, "work").write_bytes(work)
         places = [Place(rank, sp, store.port, backend, threads, timeout, folder) for rank in range(sp)]
@@ -121,6 +121,14 @@ def _serialize(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     return buffer.getvalue()
 
 
+def _store(port: int, timeout: float) -> Any:
+    """The ranks' meeting point: served here for port 0, on a free port, else the one at the port."""
+    limit = timedelta(seconds=timeout)
+    return dist.TCPStore(  # type: ignore[attr-defined]
+        "127.0.0.1", port, is_master=port == 0, wait_for_workers=False, timeout=limit
+    )
+
+
 def _threads(sp: int) -> int:
     chosen = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
     return int(chosen) if chosen.isdigit() else max(1, len(os.sched_getaffinity(0)) // sp)
@@ -140,10 +148,10 @@ def _ranks(places: Sequence[Place]) -> Iterator[list[tuple[BaseProcess, Connecti
         with _environment(OMP_NUM_THREADS=str(places[0].threads), OMP_WAIT_POLICY="PASSIVE"):
             for place in places:
                 ours, theirs = context.Pipe(duplex=False)
-                process = context.Process(target=_main, args=(place, theirs), name=f"rank {place.rank}")
-                process.start()
+                started = context.Process(target=_main, args=(place, theirs), name=f"rank {place.rank}")
+                started.start()
                 theirs.close()
-                ranks.append((process, ours))
+                ranks.append((started, ours))
         yield ranks
         for process, _ in ranks:
             process.join(GRACE)
@@ -217,7 +225,7 @@ def _death(code: int) -> str:
 def _stacks(processes: Sequence[BaseProcess], places: Sequence[Place]) -> dict[int, str]:
     """Ask ranks that hang where they are."""
     for process, place in zip(processes, places, strict=True):
-        if place.stacks.exists():
+        if process.pid is not None and place.stacks.exists():
             os.kill(process.pid, signal.SIGUSR1)
     time.sleep(0.2)
     texts = {place.rank: place.stacks.read_text() if place.stacks.exists() else "" for place in places}
@@ -266,8 +274,12 @@ def _run(place: Place) -> None:
     torch.set_num_threads(place.threads)
     if "nccl" in place.backend:
         torch.cuda.set_device(place.rank)
-    timeout = timedelta(seconds=place.timeout)
-    store = dist.TCPStore("127.0.0.1", place.port, is_master=False, timeout=timeout)
-    dist.init_process_group(place.backend, store=store, rank=place.rank, world_size=place.size, timeout=timeout)
+    dist.init_process_group(
+        place.backend,
+        store=_store(place.port, place.timeout),
+        rank=place.rank,
+        world_size=place.size,
+        timeout=timedelta(seconds=place.timeout),
+    )
     fn, args, kwargs = torch.load(Path(place.folder, "work"), weights_only=False)
     torch.save(fn(*args, **kwargs), place.result)
