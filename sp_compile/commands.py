@@ -1,0 +1,108 @@
+"""The commands of ``sp-compile``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from sp_compile import __version__, display
+from sp_compile.config import load_config
+from sp_compile.errors import ConfigError
+from sp_compile.job import JobResult, explain_job, run_job
+from sp_compile.pipeline import registered_passes
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Run unmodified models with their tokens spread over ranks.",
+)
+
+Config = Annotated[
+    str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of one that ships, such as prefill.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="sp=4, model.dtype=bfloat16, and so on.")
+]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"sp_compile {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Options of all commands; ``debug`` is read where errors are shown."""
+
+
+@app.command()
+def run(
+    config: Config,
+    overrides: Overrides = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the results here too.")] = None,
+) -> None:
+    """Prefill a batch over ranks, and compare with the unsharded model.
+
+    Starts its own local ranks; under torchrun it uses those.
+    """
+    job = load_config(config, overrides or [])
+    target = json_file or (Path(job.run.json) if job.run.json else None)
+    if target is not None and not target.parent.is_dir():
+        raise ConfigError(f"{target} cannot be written: there is no directory {str(target.parent)!r}")
+    result = run_job(job, display.progress)
+    if result is None:
+        return
+    display.show_result(result, Console())
+    if target is not None:
+        write_json(result, target)
+    if not result.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+def explain(config: Config, overrides: Overrides = None) -> None:
+    """Show passes, collectives, balance and fallbacks for any sp, without weights and ranks."""
+    explain_job(load_config(config, overrides or [])).render(Console())
+
+
+@app.command()
+def diff(config: Config, overrides: Overrides = None) -> None:
+    """Show what every pass changes in the graph."""
+    display.show_diffs(explain_job(load_config(config, overrides or [])), Console())
+
+
+@app.command()
+def passes() -> None:
+    """List the passes with their options."""
+    display.show_passes(registered_passes(), Console())
+
+
+def write_json(result: JobResult, target: Path) -> None:
+    """Write a result whole or not at all.
+
+    Raises:
+        ConfigError: the directory does not take it.
+    """
+    text = json.dumps(dataclasses.asdict(result) | {"ok": result.ok}, indent=2) + "\n"
+    part = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(target)
+    except OSError as error:
+        raise ConfigError(f"{target} cannot be written: {error.strerror}") from error
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,127 @@
+"""Tables and progress for the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from sp_compile.job import JobResult
+from sp_compile.pipeline import Pass
+from sp_compile.report import Report
+
+COLOURS = {"+": "green", "-": "red", "@": "cyan"}
+
+
+@contextmanager
+def progress(text: str) -> Iterator[None]:
+    """Show a step on standard error while it runs, and how long it took when it is done."""
+    console = Console(stderr=True)
+    start = time.perf_counter()
+    # Few refreshes: the process that shows this is one of those being timed.
+    with console.status(text, refresh_per_second=2):
+        yield
+    console.print(f"{text}: {time.perf_counter() - start:.1f} s", highlight=False, markup=False)
+
+
+def show_result(result: JobResult, console: Console) -> None:
+    """The result of a job as tables."""
+    run, chosen = result.config["run"], result.config["compile"]
+    console.print(
+        f"{result.model}, {result.parameters / 1e6:.1f} M parameters, {result.config['model']['dtype']} "
+        f"on {result.device}; {len(result.lengths)} requests of {min(result.lengths)} to {max(result.lengths)} tokens, "
+        f"{sum(result.lengths)} in all; {chosen['scheme']} layout over {run['sp']} ranks",
+        highlight=False,
+    )
+    console.print(_summary(result))
+    console.print(_ranks(result))
+    if result.fallbacks:
+        console.print(_fallbacks(result))
+
+
+def _summary(result: JobResult) -> Table:
+    table = Table(show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    unsharded = result.unsharded
+    if unsharded is not None:
+        verdict = Text("right", "bold green") if unsharded.ok else Text("WRONG", "bold red")
+        table.add_row("logits against the unsharded model", verdict)
+        table.add_row("  max abs difference", f"{unsharded.max_abs_diff:.2e}")
+        ratio = unsharded.max_abs_diff / unsharded.logit_scale if unsharded.logit_scale else 0.0
+        allowed = unsharded.limit / unsharded.logit_scale if unsharded.logit_scale else 0.0
+        table.add_row("  relative to max |logit|", f"{ratio:.1e} (allowed {allowed:.0e})")
+    sp, threads = len(result.ranks), result.threads_per_rank
+    table.add_row("first forward, with compilation", f"{result.first_forward_seconds:.1f} s")
+    table.add_row(f"forward, {sp} ranks x {_count(threads, 'thread')}", f"{result.forward_seconds * 1e3:.1f} ms")
+    if unsharded is not None:
+        label = f"forward unsharded (eager), {_count(unsharded.threads, 'thread')}"
+        table.add_row(label, f"{unsharded.forward_seconds * 1e3:.1f} ms")
+        table.add_row("peak memory of that forward", _bytes(unsharded.peak_bytes))
+    table.add_row("bytes sent by each rank in a forward", _bytes(result.bytes_sent))
+    table.add_row("collectives in a forward", str(len(result.collectives)))
+    table.add_row("fallbacks", str(sum(each["count"] for each in result.fallbacks)))
+    return table
+
+
+def _ranks(result: JobResult) -> Table:
+    table = Table("rank", "tokens", "attention area", "share", "forward", "peak memory")
+    for column in table.columns:
+        column.justify = "right"
+    area = sum(each.attention_area for each in result.ranks) or 1
+    for each in result.ranks:
+        share = f"{100 * each.attention_area / area:.1f} %"
+        time_ms = f"{each.forward_seconds * 1e3:.1f} ms"
+        table.add_row(
+            str(each.rank), str(each.tokens), str(each.attention_area), share, time_ms, _bytes(each.peak_bytes)
+        )
+    return table
+
+
+def _fallbacks(result: JobResult) -> Table:
+    table = Table("op on gathered inputs", "count", "bytes", "source", "reason")
+    for each in result.fallbacks:
+        cells = (each["op"], str(each["count"]), _bytes(each["bytes"]), each["source"], each["reason"])
+        table.add_row(*map(Text, cells))
+    return table
+
+
+def show_diffs(report: Report, console: Console) -> None:
+    """What every pass changed in the graph, as coloured diffs."""
+    for step in report.steps:
+        title = f"{step.name}: {_count(step.nodes_changed, 'line')} changed, {step.seconds * 1e3:.0f} ms"
+        console.rule(Text(title, "bold"), align="left")
+        for line in step.diff.splitlines():
+            console.print(Text(line, COLOURS.get(line[:1], "")), soft_wrap=True)
+
+
+def show_passes(passes: dict[str, type[Pass]], console: Console) -> None:
+    """The passes in the order of the default pipeline, with their options."""
+    table = Table("pass", "options", "what it does")
+    for column in table.columns[:2]:
+        column.no_wrap = True
+    for name, kind in passes.items():
+        options = [f"{each.name}={each.default!r}" for each in dataclasses.fields(kind)]
+        summary = Text((kind.__doc__ or "").strip().splitlines()[0])
+        for verb, group in (("requires", kind.requires), ("establishes", kind.establishes)):
+            if group:
+                summary.append(f"\n{verb} {', '.join(each.name for each in group)}", "dim")
+        table.add_row(name, Text("\n".join(options)), summary)
+    console.print(table)
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}" + ("" if number == 1 else "s")
+
+
+def _bytes(number: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if abs(number) < 1024:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1024
+    return f"{number:.1f} GiB"

@@ -1,0 +1,238 @@
+"""The main job: a model prefills a ragged batch over ranks and is compared with itself unsharded."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from sp_compile.api import TOLERANCE, explain, parallelize
+from sp_compile.batch import PackedBatch, pack
+from sp_compile.config import JobConfig
+from sp_compile.errors import ConfigError
+from sp_compile.launch import launch
+from sp_compile.loading import build_model, read_requests
+from sp_compile.measure import PeakMemory, machine, median_seconds, seconds, versions
+from sp_compile.report import Report
+from sp_compile.runtime import ParallelModule
+
+Show = Callable[[str], AbstractContextManager[Any]]  # announces a step; entered while it runs
+
+
+@dataclass(frozen=True)
+class RankResult:
+    """What one rank did: tokens and causal query-key pairs, bytes at the peak above the start, median seconds."""
+
+    rank: int
+    tokens: int
+    attention_area: int
+    peak_bytes: int
+    forward_seconds: float
+
+
+@dataclass(frozen=True)
+class Unsharded:
+    """The same batch through the unsharded model, on rank 0 with all threads of the job.
+
+    ``max_abs_diff`` compares logits; they are right within ``limit``, the dtype's tolerance times ``logit_scale``.
+    """
+
+    forward_seconds: float
+    threads: int
+    peak_bytes: int
+    max_abs_diff: float
+    logit_scale: float
+    limit: float
+    ok: bool
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """All that a job found out; ``forward_seconds`` is the slowest rank's median."""
+
+    model: str
+    parameters: int
+    device: str
+    lengths: list[int]
+    threads_per_rank: int
+    first_forward_seconds: float
+    forward_seconds: float
+    bytes_sent: int
+    collectives: list[dict[str, Any]]
+    fallbacks: list[dict[str, Any]]
+    ranks: list[RankResult]
+    unsharded: Unsharded | None
+    config: dict[str, Any]
+    versions: dict[str, str]
+    machine: dict[str, Any]
+
+    @property
+    def ok(self) -> bool:
+        """Whether the logits were right, as far as they were compared."""
+        return self.unsharded is None or self.unsharded.ok
+
+
+def _silent(_: str) -> AbstractContextManager[Any]:
+    return nullcontext()
+
+
+def under_torchrun() -> bool:
+    """Whether this process is a rank that torchrun started."""
+    return dist.is_torchelastic_launched()
+
+
+def run_job(job: JobConfig, show: Show = _silent) -> JobResult | None:
+    """Run the job on new local ranks or, under torchrun, as one of its ranks.
+
+    Args:
+        job: what to run.
+        show: called on rank 0 with what happens next; a function at the top level of a module.
+
+    Returns:
+        The result; None on torchrun's ranks other than 0.
+
+    Raises:
+        ConfigError: the configuration does not fit this machine, or itself.
+        RankFailedError: a rank raised, died, or did not finish in time.
+    """
+    if job.run.compare and job.compile.outputs != "full":
+        raise ConfigError('compile.outputs="sharded" leaves nothing whole to compare; set run.compare=false')
+    if under_torchrun():
+        return run_rank(job, show)
+    device_of(job, 0)
+    results: list[JobResult] = launch(run_rank, job.run.sp, job, show, timeout=job.run.timeout)
+    return results[0]
+
+
+def device_of(job: JobConfig, local_rank: int) -> torch.device:
+    """The device of a rank.
+
+    Raises:
+        ConfigError: ``cuda`` is asked for and there is no GPU for each local rank.
+    """
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", job.run.sp))
+    gpus = torch.cuda.device_count()
+    if job.run.device == "cuda" and gpus < ranks:
+        raise ConfigError(
+            f"run.device=cuda needs a GPU for each of {ranks} local ranks, there are {gpus}; set sp={gpus}"
+        )
+    if job.run.device == "cpu" or gpus < ranks:
+        return torch.device("cpu")
+    return torch.device("cuda", local_rank)
+
+
+def load(job: JobConfig, device: torch.device | str) -> tuple[nn.Module, PackedBatch]:
+    """The job's model and its batch."""
+    model = build_model(job.model, device)
+    return model, pack(read_requests(job.requests, job.model, model.config), device=str(device).replace("meta", "cpu"))
+
+
+def explain_job(job: JobConfig) -> Report:
+    """What the pipeline makes of the job's model for its batch, without weights and ranks."""
+    model, batch = load(job, "meta")
+    return explain(model, batch, sp=job.run.sp, config=job.compile)
+
+
+def run_rank(job: JobConfig, show: Show = _silent) -> JobResult | None:
+    """What each rank runs; rank 0 of the world returns the result."""
+    world_rank = int(os.environ.get("RANK", 0))
+    show = show if world_rank == 0 else _silent
+    device = device_of(job, int(os.environ.get("LOCAL_RANK", 0)))
+    with show("building the model and reading the requests"):
+        model, batch = load(job, device)
+    parallel = parallelize(model, sp=job.run.sp, config=job.compile)
+    forward = _forward(model, parallel, batch)
+    with show("first forward: capturing, rewriting, generating code"):
+        first = seconds(forward, device, _barrier)
+    with show(f"{job.run.warmup + job.run.repeats} more forwards"):
+        for _ in range(job.run.warmup):
+            forward()
+        median = median_seconds(forward, job.run.repeats, device, _barrier)
+        _barrier()
+        with PeakMemory(device) as peak:
+            output = forward()
+    report = parallel.report()
+    own = RankResult(
+        rank=parallel.group.rank,
+        tokens=report.tokens_per_rank[parallel.group.rank],
+        attention_area=report.attention_area_per_rank[parallel.group.rank],
+        peak_bytes=peak.bytes,
+        forward_seconds=median,
+    )
+    ranks: list[RankResult] = _gather(own)[: job.run.sp]
+    unsharded = None
+    if job.run.compare and world_rank == 0:
+        with show("the unsharded model, for comparison"):
+            unsharded = _compare(job, parallel, batch, output, device)
+    _barrier()
+    if world_rank != 0:
+        return None
+    return JobResult(
+        model=type(model).__name__,
+        parameters=sum(each.numel() for each in model.parameters()),
+        device=device.type,
+        lengths=list(batch.lengths),
+        threads_per_rank=torch.get_num_threads(),
+        first_forward_seconds=first,
+        forward_seconds=max(each.forward_seconds for each in ranks),
+        bytes_sent=report.bytes_sent,
+        collectives=[dataclasses.asdict(each) for each in report.collectives],
+        fallbacks=[dataclasses.asdict(each) for each in report.fallbacks],
+        ranks=ranks,
+        unsharded=unsharded,
+        config=dataclasses.asdict(job),
+        versions=versions(),
+        machine=machine(),
+    )
+
+
+def _forward(original: nn.Module, model: nn.Module, batch: PackedBatch) -> Callable[[], Any]:
+    """One forward; nothing is decoded afterwards, so no cache is asked for."""
+    takes_cache = "use_cache" in inspect.signature(original.forward).parameters
+    options: dict[str, Any] = {"use_cache": False} if takes_cache else {}
+
+    def forward() -> Any:
+        with torch.no_grad():
+            return model(**batch, **options)
+
+    return forward
+
+
+def _compare(
+    job: JobConfig, parallel: ParallelModule, batch: PackedBatch, output: Any, device: torch.device
+) -> Unsharded:
+    forward = _forward(parallel.module, parallel.module, batch)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(min(threads * job.run.sp, len(os.sched_getaffinity(0))))
+    for _ in range(job.run.warmup):
+        forward()
+    median = median_seconds(forward, job.run.repeats, device, lambda: None)
+    with PeakMemory(device) as peak:
+        expected = forward().logits
+    used = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    difference = float((output.logits.double() - expected.double()).abs().max())
+    scale = float(expected.double().abs().max())
+    limit = TOLERANCE[expected.dtype] * scale
+    return Unsharded(median, used, peak.bytes, difference, scale, limit, difference <= limit)
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _gather(own: RankResult) -> list[RankResult]:
+    if not dist.is_initialized():
+        return [own]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, own)
+    return gathered

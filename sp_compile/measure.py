@@ -1,0 +1,108 @@
+"""What a job measures: time, peak memory, and the machine it ran on."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def median_seconds(run: Callable[[], Any], repeats: int, device: torch.device, before: Callable[[], None]) -> float:
+    """Median wall-clock seconds of ``run()``; ``before()`` lines the ranks up and is not timed."""
+    return statistics.median(seconds(run, device, before) for _ in range(repeats))
+
+
+def seconds(run: Callable[[], Any], device: torch.device, before: Callable[[], None]) -> float:
+    """Wall-clock seconds of one ``run()`` with what it started on the device."""
+    before()
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+class PeakMemory:
+    """Bytes in use at the peak of a ``with`` block above those before it.
+
+    On CUDA what tensors occupy, else the process' resident memory. Linux resets the high-water mark when 5 is written
+    to ``/proc/self/clear_refs``; where that is not allowed, a peak below an earlier one reads as 0.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.bytes = 0
+        self._before = 0
+
+    def __enter__(self) -> PeakMemory:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._before = torch.cuda.memory_allocated(self.device)
+            return self
+        _return_freed_memory()
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+        self._before = _resident_peak()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        cuda = self.device.type == "cuda"
+        self.bytes = (torch.cuda.max_memory_allocated(self.device) if cuda else _resident_peak()) - self._before
+
+
+def _resident_peak() -> int:
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _return_freed_memory() -> None:
+    """Make glibc give freed memory back, which a later peak would otherwise hide in."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of what decides over a result; those that are not installed are left out."""
+    found = {"python": platform.python_version()}
+    for name in ("sp_compile", "torch", "transformers", "tokenizers", "numpy"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """The hardware, without a name or a place."""
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "cores": len(os.sched_getaffinity(0)),
+        "cpu": _cpu(),
+        "memory_bytes": memory,
+        "system": platform.system(),
+        "gpus": gpus,
+    }
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
