@@ -10,7 +10,7 @@ CONFIG ?= configs/prefill.yaml
 ARGS ?= sp=2
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --constraint constraints.txt $(PIP_ARGS)
+PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt $(PIP_ARGS)
 READY := $(VENV)/.installed
 
 .PHONY: demo test test-all check golden clean
@@ -39,9 +39,10 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else \
 	  "Python 3.11 or newer is needed, %s is %d.%d; name another: make PYTHON=python3.12" % (sys.executable, v[0], v[1]))'
 	$(PYTHON) -m venv $(VENV)
+	@echo "installing torch, which is large, and then the rest"
 	$(PIP) torch
 	$(PIP) --editable '.[dev]'
-	touch $@
+	@touch $@
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
