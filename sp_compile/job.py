@@ -22,7 +22,6 @@ from sp_compile.launch import launch
 from sp_compile.loading import build_model, read_requests
 from sp_compile.measure import PeakMemory, machine, median_seconds, seconds, versions
 from sp_compile.report import Report
-from sp_compile.runtime import ParallelModule
 
 Show = Callable[[str], AbstractContextManager[Any]]  # announces a step; entered while it runs
 
@@ -171,7 +170,7 @@ def run_rank(job: JobConfig, show: Show = _silent) -> JobResult | None:
     unsharded = None
     if job.run.compare and world_rank == 0:
         with show("the unsharded model, for comparison"):
-            unsharded = _compare(job, parallel, batch, output, device)
+            unsharded = compare(job, parallel.module, batch, output.logits)
     _barrier()
     if world_rank != 0:
         return None
@@ -195,7 +194,7 @@ def run_rank(job: JobConfig, show: Show = _silent) -> JobResult | None:
 
 
 def _forward(original: nn.Module, model: nn.Module, batch: PackedBatch) -> Callable[[], Any]:
-    """One forward; nothing is decoded afterwards, so no cache is asked for."""
+    """One forward without a cache: nothing is decoded, and with one transformers does not keep packed requests apart."""
     takes_cache = "use_cache" in inspect.signature(original.forward).parameters
     options: dict[str, Any] = {"use_cache": False} if takes_cache else {}
 
@@ -206,20 +205,19 @@ def _forward(original: nn.Module, model: nn.Module, batch: PackedBatch) -> Calla
     return forward
 
 
-def _compare(
-    job: JobConfig, parallel: ParallelModule, batch: PackedBatch, output: Any, device: torch.device
-) -> Unsharded:
-    forward = _forward(parallel.module, parallel.module, batch)
+def compare(job: JobConfig, model: nn.Module, batch: PackedBatch, logits: torch.Tensor) -> Unsharded:
+    """Run the unsharded model with all threads of the job, and compare its logits ``[1, T, vocabulary]``."""
+    forward = _forward(model, model, batch)
     threads = torch.get_num_threads()
     torch.set_num_threads(min(threads * job.run.sp, len(os.sched_getaffinity(0))))
     for _ in range(job.run.warmup):
         forward()
-    median = median_seconds(forward, job.run.repeats, device, lambda: None)
-    with PeakMemory(device) as peak:
+    median = median_seconds(forward, job.run.repeats, logits.device, lambda: None)
+    with PeakMemory(logits.device) as peak:
         expected = forward().logits
     used = torch.get_num_threads()
     torch.set_num_threads(threads)
-    difference = float((output.logits.double() - expected.double()).abs().max())
+    difference = float((logits.double() - expected.double()).abs().max())
     scale = float(expected.double().abs().max())
     limit = TOLERANCE[expected.dtype] * scale
     return Unsharded(median, used, peak.bytes, difference, scale, limit, difference <= limit)

@@ -10,7 +10,7 @@ import torch
 
 from sp_compile.config import JobConfig, ModelConfig, RequestsConfig, RunConfig, load_config
 from sp_compile.errors import ConfigError, RankFailedError
-from sp_compile.job import device_of, load, run_job
+from sp_compile.job import compare, device_of, load, run_job
 from sp_compile.loading import BEGIN, build_model, read_requests
 from sp_compile.measure import PeakMemory
 
@@ -176,6 +176,21 @@ def test_a_directory_without_a_tokenizer_is_told(saved: Path, tmp_path: Path):
 def test_an_error_on_a_rank_is_told_with_the_rank():
     with pytest.raises(RankFailedError, match=r"^rank \d of 2 raised ConfigError: request 0 holds token id 256"):
         run_job(tiny("model.config.vocab_size=100", "timeout=120"))
+
+
+def test_logits_that_differ_are_not_right():
+    job = tiny("max_requests=2")
+    model, batch = load(job, "cpu")
+    with torch.no_grad():
+        logits = model(**batch, use_cache=False).logits
+    assert compare(job, model, batch, logits).ok
+    scale = float(logits.abs().max())
+    logits[0, 3, 5] += 3e-5 * scale
+    found = compare(job, model, batch, logits)
+    assert not found.ok
+    assert found.max_abs_diff == pytest.approx(3e-5 * scale, rel=0.1)
+    logits[0, 3, 5] = float("nan")
+    assert not compare(job, model, batch, logits).ok
 
 
 def test_sharded_outputs_cannot_be_compared():
