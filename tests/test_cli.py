@@ -17,7 +17,8 @@ from sp_compile import __version__, commands
 from sp_compile.cli import main
 from sp_compile.errors import ConfigError, RankFailedError
 from sp_compile.job import JobResult, RankResult, Unsharded
-from sp_compile.pipeline import registered_passes
+from sp_compile.pipeline import PassStep, registered_passes
+from sp_compile.report import Collective, Report
 
 TINY = [
     *("codegen=eager", "warmup=0", "repeats=1", "max_tokens=30", "max_requests=3", "model.config.hidden_size=32"),
@@ -110,6 +111,44 @@ def test_passes_lists_every_pass_with_its_options(capsys):
     for name, kind in registered_passes().items():
         assert name in shown
         assert all(field.name in shown for field in dataclasses.fields(kind))
+
+
+def report() -> Report:
+    step = PassStep("shard_tokens", "%a = f()\n%b = g(%a, [1, 2])", "%a = f()\n%c = h(%a, [1, 2])", 2, 0.001)
+    gather = Collective("all_gather", "all_gather", 4096, "[8, 4]", "model.py:7")
+    return Report(
+        sp=2,
+        scheme="zigzag",
+        lengths=(5, 3),
+        shard_length=4,
+        tokens_per_rank=[4, 4],
+        attention_area_per_rank=[11, 10],
+        collectives=[gather],
+        fallbacks=[],
+        steps=[step],
+    )
+
+
+def test_diff_shows_what_every_pass_changed(capsys, monkeypatch):
+    monkeypatch.setattr(commands, "explain_job", lambda _: report())
+    assert main(["diff", "prefill"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0].startswith("shard_tokens: 2 lines changed, 1 ms")
+    assert "-%b = g(%a, [1, 2])" in shown
+    assert "+%c = h(%a, [1, 2])" in shown
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert main(["diff", "prefill"]) == 0
+    assert "\x1b[32m+%c" in capsys.readouterr().out
+
+
+def test_explain_shows_bytes_and_balance(capsys, monkeypatch):
+    asked = []
+    monkeypatch.setattr(commands, "explain_job", lambda job: asked.append(job.run.sp) or report())
+    assert main(["explain", "prefill", "sp=64"]) == 0
+    shown = capsys.readouterr().out
+    assert asked == [64]
+    assert "1 collectives, 4096 bytes sent by each rank" in shown
+    assert "[8, 4]" in shown
 
 
 def test_version_and_help(capsys):
