@@ -58,7 +58,9 @@ def _summary(result: JobResult) -> Table:
         table.add_row("  relative to max |logit|", f"{ratio:.1e} (allowed {allowed:.0e})")
     sp, threads = len(result.ranks), result.threads_per_rank
     table.add_row("first forward, with compilation", f"{result.first_forward_seconds:.1f} s")
-    table.add_row(f"forward, {_count(sp, "rank")} x {_count(threads, 'thread')}", f"{result.forward_seconds * 1e3:.1f} ms")
+    table.add_row(
+        f"forward, {_count(sp, 'rank')} x {_count(threads, 'thread')}", f"{result.forward_seconds * 1e3:.1f} ms"
+    )
     if unsharded is not None:
         label = f"forward unsharded (eager), {_count(unsharded.threads, 'thread')}"
         table.add_row(label, f"{unsharded.forward_seconds * 1e3:.1f} ms")
