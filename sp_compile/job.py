@@ -194,7 +194,7 @@ def run_rank(job: JobConfig, show: Show = _silent) -> JobResult | None:
 
 
 def _forward(original: nn.Module, model: nn.Module, batch: PackedBatch) -> Callable[[], Any]:
-    """One forward without a cache: nothing is decoded, and with one transformers does not keep packed requests apart."""
+    """One forward, without a cache: nothing is decoded, and with one transformers mixes packed requests."""
     takes_cache = "use_cache" in inspect.signature(original.forward).parameters
     options: dict[str, Any] = {"use_cache": False} if takes_cache else {}
 
