@@ -74,7 +74,7 @@ class ModelConfig(_Checked):
         architecture: without ``path``, a class that ``AutoModelForCausalLM`` can build.
         config: without ``path``, keyword arguments of that class's transformers configuration.
         dtype: of the weights.
-        attn_implementation: ``sdpa`` or ``eager``.
+        attn_implementation: ``sdpa`` or ``eager``; null for the one that transformers prefers for the model.
         seed: of the random weights.
     """
 
@@ -84,7 +84,7 @@ class ModelConfig(_Checked):
     architecture: str = "LlamaForCausalLM"
     config: dict[str, Any] = field(default_factory=dict)
     dtype: str = "float32"
-    attn_implementation: str = "sdpa"
+    attn_implementation: str | None = None
     seed: int = 0
 
 

@@ -145,7 +145,12 @@ def _ranks(places: Sequence[Place]) -> Iterator[list[tuple[BaseProcess, Connecti
     context = mp.get_context("spawn")
     ranks: list[tuple[BaseProcess, Connection]] = []
     try:
-        with _environment(OMP_NUM_THREADS=str(places[0].threads), OMP_WAIT_POLICY="PASSIVE"):
+        with _environment(
+            OMP_NUM_THREADS=str(places[0].threads),
+            OMP_WAIT_POLICY="PASSIVE",
+            # What killed ranks leave is cleaned up by multiprocessing's tracker, which would warn of it.
+            PYTHONWARNINGS="ignore:resource_tracker:UserWarning",
+        ):
             for place in places:
                 ours, theirs = context.Pipe(duplex=False)
                 started = context.Process(target=_main, args=(place, theirs), name=f"rank {place.rank}")
@@ -166,7 +171,7 @@ def _ranks(places: Sequence[Place]) -> Iterator[list[tuple[BaseProcess, Connecti
 
 @contextlib.contextmanager
 def _environment(**defaults: str) -> Iterator[None]:
-    """Variables that must be set before a process loads OpenMP; values that the user has set stay."""
+    """Variables that must be set before a process starts; values that the user has set stay."""
     added = [name for name in defaults if name not in os.environ]
     os.environ.update({name: defaults[name] for name in added})
     try:
