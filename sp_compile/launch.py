@@ -7,6 +7,7 @@ import faulthandler
 import io
 import os
 import pickle
+import shutil
 import signal
 import tempfile
 import threading
@@ -248,7 +249,7 @@ def _error(failures: Sequence[Failure], places: Sequence[Place]) -> RankFailedEr
 def _main(place: Place, connection: Connection) -> None:
     """What a rank runs: report ``None``, or the failure."""
     os.setpgid(0, 0)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(place.folder,), daemon=True).start()
     failure: Failure | None = None
     with place.stacks.open("w") as stacks:
         faulthandler.register(signal.SIGUSR1, file=stacks)
@@ -265,10 +266,12 @@ def _main(place: Place, connection: Connection) -> None:
         os._exit(1)
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(folder: str) -> None:
+    """When the launching process is killed, do what it no longer can."""
     parent = mp.parent_process()
     assert parent is not None
     parent.join()
+    shutil.rmtree(folder, ignore_errors=True)
     os.killpg(0, signal.SIGKILL)
 
 

@@ -149,12 +149,15 @@ def test_ranks_end_when_the_launching_process_is_killed(tmp_path: Path):
         "if __name__ == '__main__':\n"
         f"    launch(stay, 2, {str(tmp_path)!r})\n"
     )
-    process = subprocess.Popen([sys.executable, str(script)])
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    process = subprocess.Popen([sys.executable, str(script)], env={**os.environ, "TMPDIR": str(temporary)})
     files = [tmp_path / "0", tmp_path / "1"]
     wait_for(lambda: all(file.exists() and file.read_text() for file in files), 60)
     process.kill()
     process.wait()
     wait_for(lambda: not any(Path("/proc", file.read_text()).exists() for file in files), 20)
+    assert not list(temporary.glob("sp_compile-*"))
 
 
 def wait_for(condition, seconds: float) -> None:
