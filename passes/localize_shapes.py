@@ -23,6 +23,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
@@ -96,7 +97,7 @@ class _Shapes:
         inputs = [self._fake(node) for node in graph.find_nodes(op="placeholder")]
         self.program.local_inputs = inputs
         interpreter = _Recorder(self.program.gm)
-        with self.mode:
+        with self.mode, enable_python_dispatcher():
             interpreter.run(*inputs)
 
     def symbol(self, name: str, hint: int) -> torch.SymInt:

@@ -46,6 +46,9 @@ class Normalize(Pass):
                 graph.erase_node(node)
             elif node.target in (aten.view.default, aten._unsafe_view.default):
                 node.target = aten.reshape.default
+            elif node.target is aten.pad.default and (*node.args, "constant")[2] == "constant":
+                node.args = (*node.args[:2], node.args[3] if len(node.args) > 3 else 0.0)
+                node.target = aten.constant_pad_nd.default
             elif node.target is aten.sym_size.int:
                 _token_length(program, node)
             elif node.target is aten.index_put.default:

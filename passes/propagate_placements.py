@@ -22,6 +22,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx
 
 from sp_compile import ops
@@ -84,7 +85,8 @@ class _Plan:
     def _place(self, node: fx.Node) -> None:
         inputs = {each: self.placed[each] for each in node.all_input_nodes if is_tensor(each)}
         replicated = all(isinstance(each, Replicate) for each in inputs.values())
-        if replicated or self.program.tokens is None:
+        seeds = self.program.parallel and node.target is torch.ops.sp_compile.attention.default
+        if (replicated and not seeds) or self.program.tokens is None:
             self.placed[node] = _like(node, REPLICATE)
             return
         try:

@@ -92,13 +92,11 @@ class RaiseAttention(Pass):
             if eager.scores_over_tokens(softmax):
                 _record(program, softmax, f"attention not raised: {miss}")
             return
-        lifter.before = softmax
-        out, lse = _insert(program, softmax, lifter, (match.q, match.k, match.v), match.scale, eager.empty_mean)
+        out, lse = _insert(program, lifter.before, lifter, (match.q, match.k, match.v), match.scale, eager.empty_mean)
         eager.replace(match, out, lse)
 
 
 def _lifter(program: Program, node: fx.Node) -> Lifter:
-    assert program.tokens is not None or True
     length = next(
         (
             each

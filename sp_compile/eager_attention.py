@@ -68,6 +68,7 @@ class EagerAttention:
         scores, sink = self._without_sink(softmax)
         weights = self._weights(softmax, sink is not None)
         values = self._value_product(weights)
+        self._anchor_at(min([softmax, *self._lse_users(scores)]), values, sink)
         self._find_heads(scores)
         inner = self._peel(scores)
         score, scale = self._change(inner)
@@ -77,6 +78,14 @@ class EagerAttention:
         if sink is not None and len(shape_of(sink)) == 3:
             sink = self._heads_adapt(self.graph, sink)
         return Match(q, k, v, extra, values, scores, sink)
+
+    def _anchor_at(self, before: fx.Node, values: fx.Node, sink: fx.Node | None) -> None:
+        """Insert the attention in front of the first node that reads what it computes."""
+        for each in (values.args[1], sink):
+            if isinstance(each, fx.Node) and each > before:
+                raise NearestMiss(f"%{each.name} is computed after %{before.name} reads the scores")
+        before.meta["anchor"] = before.meta["val"]
+        self.lifter.before = before
 
     # forwards
 
@@ -125,10 +134,20 @@ class EagerAttention:
         match.product.replace_all_uses_with(out)
 
     def _replace_lse(self, scores: fx.Node, lse: fx.Node) -> None:
-        for user in list(scores.users):
-            if user.target is aten.logsumexp.default and user.args[1] in ([-1], [len(shape_of(scores)) - 1]):
-                if len(user.args) < 3 and len(shape_of(scores)) == 4:
-                    user.replace_all_uses_with(lse)
+        for user in self._lse_users(scores):
+            with self.graph.inserting_before(user):
+                user.replace_all_uses_with(self._node(aten.type_as.default, (lse, user)))
+
+    def _lse_users(self, scores: fx.Node) -> list[fx.Node]:
+        """Log-sum-exps of the same scores, which the raised attention returns anyway."""
+        return [
+            user
+            for user in scores.users
+            if user.target is aten.logsumexp.default
+            and user.args[1] in ([-1], [len(shape_of(scores)) - 1])
+            and len(user.args) < 3
+            and len(shape_of(scores)) == 4
+        ]
 
     # backwards
 

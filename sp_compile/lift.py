@@ -170,6 +170,8 @@ class Lifter:
     def _cast(self, node: fx.Node, adapt: Adapt) -> Any:
         value = self.lift(node.args[0], adapt)
         before, after = node.args[0].meta["val"].dtype, node.meta["val"].dtype  # type: ignore[union-attr]
+        if not isinstance(value, str):
+            return bool(value) if after == torch.bool else float(value) if after.is_floating_point else int(value)
         if after == torch.bool:
             return value if before == torch.bool else self.call("bool", value)
         if not after.is_floating_point:

@@ -1,0 +1,24 @@
+"""Sequence parallelism for unmodified models, by compiling them."""
+
+from sp_compile.api import Verification, explain, parallelize, verify
+from sp_compile.batch import PackedBatch, pack
+from sp_compile.errors import SPCompileError
+from sp_compile.layout import TokenLayout, token_layout
+from sp_compile.report import Report
+from sp_compile.runtime import ParallelModule
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PackedBatch",
+    "ParallelModule",
+    "Report",
+    "SPCompileError",
+    "TokenLayout",
+    "Verification",
+    "explain",
+    "pack",
+    "parallelize",
+    "token_layout",
+    "verify",
+]
