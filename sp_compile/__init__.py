@@ -3,6 +3,7 @@
 from sp_compile.api import Verification, explain, parallelize, verify
 from sp_compile.batch import PackedBatch, pack
 from sp_compile.errors import SPCompileError
+from sp_compile.launch import launch
 from sp_compile.layout import TokenLayout, token_layout
 from sp_compile.report import Report
 from sp_compile.runtime import ParallelModule
@@ -17,6 +18,7 @@ __all__ = [
     "TokenLayout",
     "Verification",
     "explain",
+    "launch",
     "pack",
     "parallelize",
     "token_layout",

@@ -43,13 +43,15 @@ def capture(gm: fx.GraphModule, sp: int, group_name: str, outputs: str) -> Progr
     names = [input_name(_source(node)) for node in placeholders]
     is_weight = ["_parameters" in _source(node) or "_buffers" in _source(node) for node in placeholders]
     traced = _retrace(gm, values)
-    for node, name, value in zip(traced.graph.find_nodes(op="placeholder"), names, values, strict=True):
+    inputs = traced.graph.find_nodes(op="placeholder")
+    for node, name, value, weight in zip(inputs, names, values, is_weight, strict=True):
+        node.meta["weight"] = weight
         if not isinstance(value, torch.Tensor):
             name = "tokens" if isinstance(value, torch.SymInt) else name
         node._rename(name)
         node.target = node.name
     _refuse_writes(traced)
-    token_inputs, tokens = _find_tokens(traced, is_weight)
+    token_inputs, tokens = _find_tokens(traced)
     return Program(traced, tokens, sp, group_name, token_inputs, outputs)
 
 
@@ -126,12 +128,12 @@ def _refuse_writes(gm: fx.GraphModule) -> None:
             )
 
 
-def _find_tokens(gm: fx.GraphModule, is_weight: list[bool]) -> tuple[dict[str, int], sympy.Symbol | None]:
+def _find_tokens(gm: fx.GraphModule) -> tuple[dict[str, int], sympy.Symbol | None]:
     """Placeholders that hold the tokens, with their token dim, and the symbol of the token length."""
     inputs = [
         node
-        for node, weight in zip(gm.graph.find_nodes(op="placeholder"), is_weight, strict=True)
-        if isinstance(node.meta["val"], torch.Tensor) and not weight
+        for node in gm.graph.find_nodes(op="placeholder")
+        if isinstance(node.meta["val"], torch.Tensor) and not node.meta["weight"]
     ]
     named = [node for node in inputs if node.name in TOKEN_INPUTS]
     for node in named or inputs:

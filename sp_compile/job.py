@@ -137,7 +137,7 @@ def load(job: JobConfig, device: torch.device | str) -> tuple[nn.Module, PackedB
 def explain_job(job: JobConfig) -> Report:
     """What the pipeline makes of the job's model for its batch, without weights and ranks."""
     model, batch = load(job, "meta")
-    return explain(model, batch, sp=job.run.sp, config=job.compile)
+    return explain(model, {**batch, **_no_cache(model)}, sp=job.run.sp, config=job.compile)
 
 
 def run_rank(job: JobConfig, show: Show = _silent) -> JobResult | None:
@@ -194,15 +194,18 @@ def run_rank(job: JobConfig, show: Show = _silent) -> JobResult | None:
 
 
 def _forward(original: nn.Module, model: nn.Module, batch: PackedBatch) -> Callable[[], Any]:
-    """One forward, without a cache: nothing is decoded, and with one transformers mixes packed requests."""
-    takes_cache = "use_cache" in inspect.signature(original.forward).parameters
-    options: dict[str, Any] = {"use_cache": False} if takes_cache else {}
+    options = _no_cache(original)
 
     def forward() -> Any:
         with torch.no_grad():
             return model(**batch, **options)
 
     return forward
+
+
+def _no_cache(model: nn.Module) -> dict[str, Any]:
+    """Nothing is decoded, and with a cache transformers mixes packed requests."""
+    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
 
 
 def compare(job: JobConfig, model: nn.Module, batch: PackedBatch, logits: torch.Tensor) -> Unsharded:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import fx
 from sp_compile.placements import REPLICATE, Placement, describe
 from sp_compile.symbols import is_tensor
 
+LETTERS = {"tokens": "T", "shard_length": "n", "q_bounds": "q", "k_bounds": "k"}
 INDEX_INPUTS = ("local_index", "gathered_index", "gathered_valid", "restore_index", "rank", "q_bounds", "k_bounds")
 
 
@@ -106,19 +108,26 @@ _DTYPES = {"float32": "f32", "float64": "f64", "bfloat16": "bf16", "float16": "f
            "bool": "b8", "int8": "i8", "uint8": "u8"}  # fmt: skip
 
 
-def _type_text(value: Any, tokens: sympy.Symbol | None) -> str:
+def _type_text(value: Any, letters: Mapping[str, str]) -> str:
     if isinstance(value, torch.Tensor):
         dtype = str(value.dtype).removeprefix("torch.")
-        sizes = ", ".join(_size_text(size, tokens) for size in value.shape)
+        sizes = ", ".join(_size_text(size, letters) for size in value.shape)
         return f"{_DTYPES.get(dtype, dtype)}[{sizes}]"
     if isinstance(value, (tuple, list)):
-        return "(" + ", ".join(_type_text(each, tokens) for each in value) + ")"
-    return f"Sym({_size_text(value, tokens)})" if isinstance(value, torch.SymInt) else type(value).__name__
+        return "(" + ", ".join(_type_text(each, letters) for each in value) + ")"
+    if value is None:
+        return "?"
+    return f"Sym({_size_text(value, letters)})" if isinstance(value, torch.SymInt) else type(value).__name__
 
 
-def _size_text(size: Any, tokens: sympy.Symbol | None) -> str:
-    text = str(size)
-    return text.replace(str(tokens), "T") if tokens is not None else text
+def _size_text(size: Any, letters: Mapping[str, str]) -> str:
+    return re.sub(r"\bs\d+\b", lambda found: letters.get(found[0], found[0]), str(size))
+
+
+def _letters(program: Program) -> dict[str, str]:
+    """Short names of symbols: ``T`` tokens, ``n`` rows per rank, and so on."""
+    named = {str(size.node.expr): LETTERS[name] for name, size in program.symbols.items() if name in LETTERS}
+    return named if program.tokens is None else {str(program.tokens): "T", **named}
 
 
 def _argument_text(value: Any) -> str:
@@ -130,16 +139,21 @@ def _argument_text(value: Any) -> str:
 
 
 def lines(program: Program) -> Iterator[str]:
-    """The graph as text, one node a line: name, type, placement, call. Parameters that nobody reads are left out."""
+    """The graph as text, one node a line: name, type, placement, call.
+
+    ``T`` is the token length, ``n`` the rows per rank; types that are not known yet are ``?``. Inputs that nobody reads
+    are left out, and the placement of weights, which is always ``Replicate``.
+    """
+    letters = _letters(program)
     for node in program.graph.nodes:
         if node.op == "output":
             yield f"return {_argument_text(node.args[0])}"
             continue
-        kind = _type_text(node.meta.get("val"), program.tokens)
+        kind = _type_text(node.meta.get("val"), letters)
         placed = f" {describe(node.meta['placement'])}" if "placement" in node.meta and _placeable(node) else ""
         if node.op == "placeholder":
             if node.users:
-                yield f"%{node.name}: {kind}{placed} = input"
+                yield f"%{node.name}: {kind}{'' if node.meta.get('weight') else placed} = input"
             continue
         arguments = [_argument_text(each) for each in node.args]
         arguments += [f"{key}={_argument_text(each)}" for key, each in node.kwargs.items()]

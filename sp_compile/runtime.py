@@ -31,6 +31,14 @@ class Step:
     index_inputs: dict[str, torch.Tensor]
 
 
+class _Explained(Exception):
+    """Ends a forward that only was to be captured."""
+
+    def __init__(self, report: Report) -> None:
+        super().__init__()
+        self.report = report
+
+
 @dataclass
 class Compiled:
     """One captured graph of the model with its program and report data."""
@@ -61,6 +69,7 @@ class ParallelModule(nn.Module):
         self._step: Step | None = None
         self._prepared: tuple[Any, Step] | None = None
         self._last: Compiled | None = None
+        self._explaining = False
         self._run = torch.compile(module, backend=self._backend, fullgraph=True)
         self.train(module.training)
 
@@ -93,12 +102,9 @@ class ParallelModule(nn.Module):
                 "training through sp_compile is not supported yet; call model.eval(), or wrap the call in torch.no_grad()"
             )
         named = self._named_tensors(args, kwargs)
-        tokens_name, tokens = _token_input(named)
-        _check_inputs(named, tokens_name, tokens)
-        lengths = _lengths(named, tokens)
-        layout = token_layout(lengths, self.group.size, self.compile_config.scheme, min_shard_length=2)
+        layout, tokens = self._lay_out(named)
         if self.compile_config.check_inputs:
-            fingerprint.check_inputs(self.group, named, lengths)
+            fingerprint.check_inputs(self.group, named, layout.lengths)
         if self._prepared is None or self._prepared[0] != (id(layout), tokens.device):
             step = Step(layout, _index_inputs(layout, self.group.rank, tokens.device))
             self._prepared = ((id(layout), tokens.device), step)
@@ -108,6 +114,31 @@ class ParallelModule(nn.Module):
             return self._call(args, kwargs, tokens)
         finally:
             self._step = None
+
+    def explain(self, batch: Mapping[str, Any]) -> Report:
+        """Capture the forward of this batch and run the pipeline on it, but nothing else.
+
+        Raises:
+            The errors of :meth:`forward`, but for those about ranks.
+        """
+        device = next((each.device for each in self.module.parameters()), torch.device("cpu"))
+        named = {name: each.to(device) if isinstance(each, torch.Tensor) else each for name, each in batch.items()}
+        layout, tokens = self._lay_out(self._named_tensors((), batch))
+        self.last_layout, self._explaining = layout, True
+        try:
+            self._call((), named, tokens)
+        except _Explained as explained:
+            return explained.report
+        finally:
+            self._explaining = False
+        raise AssertionError("the captured graph ran")
+
+    def _lay_out(self, named: Mapping[str, torch.Tensor]) -> tuple[TokenLayout, torch.Tensor]:
+        """Check the inputs; their layout and the tensor that holds the tokens."""
+        name, tokens = _token_input(named)
+        _check_inputs(named, name, tokens)
+        lengths = _lengths(named, tokens)
+        return token_layout(lengths, self.group.size, self.compile_config.scheme, min_shard_length=2), tokens
 
     def _named_tensors(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         try:
@@ -148,13 +179,15 @@ class ParallelModule(nn.Module):
             raise CaptureError(_graph_break(self.module, error)) from error
 
     def _backend(self, gm: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
-        program, steps = self.build(gm)
+        program, steps = self.build(gm, trace=self._explaining)
         if self.compile_config.strict and program.fallbacks:
             each = program.fallbacks[0]
             raise FallbackError(
                 f"strict=True, but {each.op} ({each.source or 'no source line'}) is computed on gathered inputs: "
                 f"{each.reason}; {len(program.fallbacks)} such ops in all"
             )
+        if self._explaining:
+            return self._explanation(program, steps)
         if self.group.size > 1:
             fingerprint.check_graph(self.group, program)
         local = LocalProgram(program, lambda: self.build(gm)[0], self.compile_config.codegen)
@@ -170,6 +203,13 @@ class ParallelModule(nn.Module):
             sizes = {name: tensor.numel() for name, tensor in step.index_inputs.items() if name.endswith("bounds")}
             sizes |= {"tokens": step.layout.tokens, "shard_length": step.layout.shard_length}
             return compiled.local([*inputs, *(step.index_inputs[name] for name in names)], sizes)
+
+        return run
+
+    def _explanation(self, program: Program, steps: list[PassStep]) -> Callable[..., Any]:
+        def run(*_: Any) -> Any:
+            assert self.last_layout is not None, "explain has laid the batch out"
+            raise _Explained(make_report(program, steps, self.last_layout))
 
         return run
 
