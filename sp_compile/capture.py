@@ -15,6 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from sp_compile.errors import CaptureError
 from sp_compile.program import Program
+from sp_compile.vmap import without_vmap
 
 TOKEN_INPUTS = ("input_ids", "inputs_embeds")
 _KEYS = re.compile(r"\['([^']+)'\]|\.([A-Za-z_]\w*)")
@@ -64,8 +65,10 @@ def _source(node: fx.Node) -> str:
 
 
 def _retrace(gm: fx.GraphModule, values: Sequence[Any]) -> fx.GraphModule:
+    flat = without_vmap(gm)
+
     def run(*inputs: Any) -> Any:
-        return fx.Interpreter(gm).run(*inputs)
+        return fx.Interpreter(flat).run(*inputs)
 
     functional = dispatch_functionalize(run, mode=FunctionalTensorMode(pre_dispatch=True, export=True))
     with traceback.preserve_node_meta():

@@ -135,8 +135,11 @@ class EagerAttention:
 
     def _replace_lse(self, scores: fx.Node, lse: fx.Node) -> None:
         for user in self._lse_users(scores):
-            with self.graph.inserting_before(user):
-                user.replace_all_uses_with(self._node(aten.type_as.default, (lse, user)))
+            dtype = user.meta["val"].dtype
+            if dtype != lse.meta["val"].dtype:
+                with self.graph.inserting_before(user):
+                    lse = self._node(aten._to_copy.default, (lse,), {"dtype": dtype})
+            user.replace_all_uses_with(lse)
 
     def _lse_users(self, scores: fx.Node) -> list[fx.Node]:
         """Log-sum-exps of the same scores, which the raised attention returns anyway."""
@@ -379,11 +382,11 @@ class EagerAttention:
             self.lifter.length if isinstance(size, torch.SymInt) else size for size in node.meta["val"].shape
         ]
 
-    def _node(self, target: Any, args: tuple[Any, ...]) -> fx.Node:
-        node = self.graph.call_function(target, args)
+    def _node(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> fx.Node:
+        node = self.graph.call_function(target, args, kwargs)
         values = fx.map_arg(args, lambda each: each.meta["val"])
         with self.lifter.before.meta["anchor"].fake_mode:
-            node.meta["val"] = target(*values)
+            node.meta["val"] = target(*values, **(kwargs or {}))
         node.meta["stack_trace"] = self.lifter.before.meta.get("stack_trace")
         return node
 

@@ -25,6 +25,7 @@ import torch
 OUTPUTS = ("mask", "bias", "score")
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "copy": lambda value: value,
     "add": torch.add,
     "sub": torch.sub,
     "mul": torch.mul,
@@ -83,7 +84,7 @@ def parse(rule: str) -> tuple[Assignment, ...]:
 def _assignment(text: str) -> Assignment:
     name, _, call = (piece.strip() for piece in text.partition("="))
     function, _, inner = call.partition("(")
-    if not name.isidentifier() or function not in {*FUNCTIONS, "copy"} or not inner.endswith(")"):
+    if not name.isidentifier() or function not in FUNCTIONS or not inner.endswith(")"):
         raise ValueError(f"not an assignment of a score rule: {text!r}")
     return Assignment(name, function, tuple(_argument(each.strip()) for each in inner[:-1].split(",")))
 
@@ -108,7 +109,7 @@ def evaluate(
     device = operands[0].device if operands else (score.device if score is not None else torch.device("cpu"))
     for each in _needed(rule, tuple(outputs)):
         inputs = [values[item] if isinstance(item, str) else item for item in each.arguments]
-        values[each.name] = inputs[0] if each.function == "copy" else _call(each.function, inputs, device)
+        values[each.name] = _call(each.function, inputs, device)
     return {name: values[name] for name in outputs if assigns(rule, name)}
 
 
