@@ -15,16 +15,18 @@ After::
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
 from sp_compile.invariants import CANONICAL, FUNCTIONAL
 from sp_compile.pipeline import Pass
 from sp_compile.program import Program
-from sp_compile.symbols import expr, is_tensor, shape_of
+from sp_compile.symbols import coefficient, expr, is_tensor, shape_of
 
 aten = torch.ops.aten
 
@@ -44,6 +46,12 @@ class Normalize(Pass):
                 continue
             if node.target in _ASSERTIONS:
                 graph.erase_node(node)
+            elif node.target in _SYNONYMS:
+                node.target = _SYNONYMS[node.target]
+            elif node.target is aten.cat.default:
+                _drop_empty(node)
+            elif node.target in _FILLS:
+                _to_full(program, node)
             elif node.target in (aten.view.default, aten._unsafe_view.default):
                 node.target = aten.reshape.default
             elif node.target is aten.pad.default and (*node.args, "constant")[2] == "constant":
@@ -54,47 +62,94 @@ class Normalize(Pass):
             elif node.target is aten.index_put.default:
                 _inverse_permutation(graph, node)
         for node in list(graph.nodes):
-            if node.op == "call_function" and _does_nothing(node):
-                node.replace_all_uses_with(node.args[0])
+            same = _same_value(node)
+            if same is not None:
+                node.replace_all_uses_with(same)
                 graph.erase_node(node)
         graph.eliminate_dead_code()
 
 
 _ASSERTIONS = (aten._assert_tensor_metadata.default, aten._assert_async.msg, aten.sym_constrain_range.default)
+_SYNONYMS = {
+    getattr(getattr(aten, name), overload): getattr(getattr(aten, meaning), overload)
+    for name, meaning in {
+        "multiply": "mul",
+        "divide": "div",
+        "subtract": "sub",
+        "greater": "gt",
+        "greater_equal": "ge",
+        "less": "lt",
+        "less_equal": "le",
+        "not_equal": "ne",
+        "absolute": "abs",
+        "negative": "neg",
+    }.items()
+    for overload in getattr(aten, name).overloads()
+    if overload in getattr(aten, meaning).overloads()
+}
+_FILLS = {aten.zeros_like.default: 0, aten.ones_like.default: 1, aten.full_like.default: None}
 _COPIES = (aten.clone.default, aten.alias.default, aten.detach.default, aten.contiguous.default,
            aten.lift_fresh_copy.default)  # fmt: skip
+_CASTS = (aten.type_as.default, aten._to_copy.default, aten.to.dtype, aten.cat.default)
 _SHAPES = (aten.reshape.default, aten.expand.default, aten.repeat.default)
 
 
-def _does_nothing(node: fx.Node) -> bool:
-    if not node.args or not is_tensor(node.args[0]) or not is_tensor(node):
-        return False
-    source, value = node.args[0].meta["val"], node.meta["val"]
-    same_shape = shape_of(node) == shape_of(node.args[0])
+def _same_value(node: fx.Node) -> fx.Node | None:
+    """The input that the node repeats, if it changes nothing."""
+    if node.op != "call_function" or not node.args or not is_tensor(node):
+        return None
+    parts: Any = node.args[0]
+    source = parts[0] if node.target is aten.cat.default and len(parts) == 1 else parts
+    return source if is_tensor(source) and _changes_nothing(node, source) else None
+
+
+def _changes_nothing(node: fx.Node, source: fx.Node) -> bool:
+    before, after = source.meta["val"], node.meta["val"]
+    same_type = before.dtype == after.dtype and before.device == after.device
     if node.target in _COPIES:
         return True
     if node.target in _SHAPES or node.target is aten.slice.Tensor:
-        return same_shape and _is_whole(node)
+        return shape_of(node) == shape_of(source) and _is_whole(node)
     if node.target is aten.dropout.default:
         return node.args[1] == 0.0 or not node.args[2]
-    if node.target in (aten.type_as.default, aten._to_copy.default, aten.to.dtype):
-        return bool(source.dtype == value.dtype and source.device == value.device)
-    return False
+    return node.target in _CASTS and bool(same_type)
 
 
 def _is_whole(node: fx.Node) -> bool:
     return node.target is not aten.slice.Tensor or (len(node.args) < 5 and node.args[2] in (0, None))
 
 
+def _drop_empty(node: fx.Node) -> None:
+    """Concatenation with nothing, as a cache without tokens does it."""
+    parts: Any = node.args[0]
+    held = [each for each in parts if 0 not in shape_of(each)]
+    if held and len(held) < len(parts):
+        node.args = (held, *node.args[1:])
+
+
+def _to_full(program: Program, node: fx.Node) -> None:
+    """A constant does not depend on the tensor that lends its shape."""
+    value, length = node.meta["val"], program.length_input()
+    fill: Any = node.args[1] if _FILLS[node.target] is None else _FILLS[node.target]
+    sizes = [length if size == program.tokens else size for size in shape_of(node)]
+    if any(each is None or isinstance(each, sympy.Expr) and not each.is_Integer for each in sizes):
+        return
+    shape = [int(each) if isinstance(each, sympy.Expr) else each for each in sizes]
+    node.target, node.args = aten.full.default, (shape, fill)
+    node.kwargs = {"dtype": value.dtype, "device": value.device}
+
+
 def _token_length(program: Program, node: fx.Node) -> None:
     """Sizes of the token dim read the global length, not a tensor that will be cut."""
-    if program.tokens is None or expr(node.meta["val"]) != program.tokens:
+    length, times = program.length_input(), coefficient(expr(node.meta["val"]), program.tokens)
+    if length is None or not times:
         return
-    for length in program.graph.find_nodes(op="placeholder"):
-        if isinstance(length.meta["val"], torch.SymInt) and expr(length.meta["val"]) == program.tokens:
-            node.replace_all_uses_with(length)
-            program.graph.erase_node(node)
-            return
+    if times > 1:
+        with program.graph.inserting_before(node):
+            length = program.graph.call_function(operator.mul, (length, times))
+        length.meta["val"] = node.meta["val"]
+    node.replace_all_uses_with(length)
+    program.graph.erase_node(node)
 
 
 def _inverse_permutation(graph: fx.Graph, node: fx.Node) -> None:

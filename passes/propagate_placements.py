@@ -28,7 +28,7 @@ from torch import fx
 from sp_compile import ops
 from sp_compile.invariants import CANONICAL, PLACED, TOKENS_SHARDED
 from sp_compile.pipeline import Pass
-from sp_compile.placements import REPLICATE, Placement, RankLocal, Replicate, Shard
+from sp_compile.placements import REPLICATE, Partial, Placement, RankLocal, Replicate, Shard
 from sp_compile.program import Fallback, Program, insert_redistribute, op_name, placement, source_line
 from sp_compile.rules import Call, NoRule, Outcome, apply
 from sp_compile.symbols import is_tensor, token_dims
@@ -65,6 +65,7 @@ class _Plan:
     needs: dict[fx.Node, dict[fx.Node, Placement]] = field(default_factory=dict)
     outcomes: dict[fx.Node, Outcome] = field(default_factory=dict)
     reasons: dict[fx.Node, str] = field(default_factory=dict)
+    replaced: dict[fx.Node, fx.Node] = field(default_factory=dict)
     leak: str | None = None
 
     def follow_inputs(self) -> None:
@@ -84,10 +85,12 @@ class _Plan:
 
     def _place(self, node: fx.Node) -> None:
         inputs = {each: self.placed[each] for each in node.all_input_nodes if is_tensor(each)}
+        summed: dict[fx.Node, Placement] = {each: REPLICATE for each, held in inputs.items() if isinstance(held, Partial)}
+        inputs |= summed
         replicated = all(isinstance(each, Replicate) for each in inputs.values())
         seeds = self.program.parallel and node.target is torch.ops.sp_compile.attention.default
         if (replicated and not seeds) or self.program.tokens is None:
-            self.placed[node] = _like(node, REPLICATE)
+            self.placed[node], self.needs[node] = _like(node, REPLICATE), summed
             return
         try:
             if node.name in self.banned:
@@ -99,7 +102,7 @@ class _Plan:
         for each, needed in outcome.inputs.items():
             self._check_leak(inputs[each], needed)
         self.outcomes[node] = outcome
-        self.placed[node], self.needs[node] = outcome.output, dict(outcome.inputs)
+        self.placed[node], self.needs[node] = outcome.output, {**summed, **outcome.inputs}
 
     def _check_leak(self, held: Placement, needed: Placement) -> None:
         """A rank's own order of rows cannot be gathered: whoever made it must run on gathered rows."""
@@ -146,7 +149,8 @@ class _Plan:
         for node in list(self.program.graph.nodes):
             if node.op != "output" and node in self.placed:
                 node.meta["placement"] = self.placed[node]
-            moved = {each: self._moved(each, needed, node, made) for each, needed in self.needs.get(node, {}).items()}
+            needs = {self.replaced.get(each, each): needed for each, needed in self.needs.get(node, {}).items()}
+            moved = {each: self._moved(each, needed, node, made) for each, needed in needs.items()}
             node.args = fx.map_arg(node.args, lambda each, moved=moved: moved.get(each, each))
             node.kwargs = fx.map_arg(node.kwargs, lambda each, moved=moved: moved.get(each, each))
             outcome = self.outcomes.get(node)
@@ -172,8 +176,9 @@ class _Plan:
         graph = self.program.graph
         with graph.inserting_before(node):
             new = outcome.substitute(graph)
-        new.meta["stack_trace"] = node.meta.get("stack_trace")
+        new.meta.update(stack_trace=node.meta.get("stack_trace"), placement=self.placed[node])
         node.replace_all_uses_with(new)
+        self.placed[new], self.replaced[node] = self.placed[node], new
 
     def _record_fallbacks(self) -> None:
         counts: Counter[tuple[str, str, str]] = Counter()
@@ -195,7 +200,8 @@ def _like(node: fx.Node, each: Placement) -> Any:
 
 def _bytes(node: fx.Node) -> int:
     value = node.meta["val"]
-    sizes = [size if isinstance(size, int) else size.node.hint for size in value.shape]
+    # a size that depends on data has no hint; its gathers are counted as if it were 1
+    sizes = [size if isinstance(size, int) else size.node.hint or 1 for size in value.shape]
     total = value.element_size()
     for size in sizes:
         total *= size

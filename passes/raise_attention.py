@@ -30,7 +30,7 @@ from sp_compile.invariants import CANONICAL, RAISED
 from sp_compile.lift import Lifter
 from sp_compile.pipeline import Pass
 from sp_compile.program import Fallback, Program, op_name, source_line
-from sp_compile.symbols import expr, is_tensor, shape_of
+from sp_compile.symbols import is_tensor, shape_of
 
 aten = torch.ops.aten
 
@@ -97,14 +97,7 @@ class RaiseAttention(Pass):
 
 
 def _lifter(program: Program, node: fx.Node) -> Lifter:
-    length = next(
-        (
-            each
-            for each in program.graph.find_nodes(op="placeholder")
-            if isinstance(each.meta["val"], torch.SymInt) and expr(each.meta["val"]) == program.tokens
-        ),
-        None,
-    )
+    length = program.length_input()
     assert length is not None or program.tokens is None
     anchor = node.meta["val"]
     node.meta["anchor"] = anchor[0] if isinstance(anchor, (tuple, list)) else anchor

@@ -3,6 +3,9 @@
 Requires: ``canonical``.
 Establishes: ``tokens_sharded``.
 
+Token ids are whole on every rank at no cost, so integers that follow from them (positions, masks of padding) stay whole:
+the cut is where they become floating-point. Embeddings given as input are cut at once.
+
 Before::
 
     %embedding: f32[1, T, 64] = aten.embedding(%weight, %input_ids)
@@ -20,7 +23,7 @@ from dataclasses import dataclass
 from sp_compile.invariants import CANONICAL, TOKENS_SHARDED
 from sp_compile.pipeline import Pass
 from sp_compile.placements import Shard
-from sp_compile.program import Program, insert_redistribute
+from sp_compile.program import Program, insert_redistribute, uncut_tokens
 
 
 @dataclass(frozen=True)
@@ -35,9 +38,7 @@ class ShardTokens(Pass):
         """Rewrite in place."""
         if not program.parallel:
             return
-        for node in program.graph.find_nodes(op="placeholder"):
-            if node.name not in program.token_inputs or not node.users:
-                continue
-            first = min(node.users)
-            cut = insert_redistribute(program, node, Shard(program.token_inputs[node.name]), first)
-            node.replace_all_uses_with(cut, delete_user_cb=lambda user, cut=cut: user is not cut)
+        for node, dim, users in uncut_tokens(program):
+            cut = insert_redistribute(program, node, Shard(dim), min(users))
+            for user in users:
+                user.replace_input_with(node, cut)

@@ -11,7 +11,7 @@ from torch import fx
 
 from sp_compile import ops
 from sp_compile.placements import REPLICATE, Gathered, Placement, Replicate, Shard, describe
-from sp_compile.program import Program, op_name, placement
+from sp_compile.program import Program, op_name, placement, uncut_tokens
 from sp_compile.rules import Call, NoRule, apply
 from sp_compile.symbols import expr, is_tensor
 
@@ -55,14 +55,8 @@ def _raised(program: Program) -> None:
 def _tokens_sharded(program: Program) -> None:
     if not program.parallel:
         return
-    for name, dim in program.token_inputs.items():
-        (node,) = (each for each in program.graph.find_nodes(op="placeholder") if each.name == name)
-        for user in node.users:
-            if user.target is ops.redistribute and placement(user) == Shard(dim):
-                break
-        else:
-            if node.users:
-                raise Violation(node, f"cut to the rank's rows along dim {dim}", "only used whole")
+    for node, dim, users in uncut_tokens(program):
+        raise Violation(users[0], f"%{node.name} cut to the rank's rows along dim {dim}", "used whole")
 
 
 def _placed(program: Program) -> None:

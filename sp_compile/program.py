@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from sp_compile.placements import REPLICATE, Placement, describe
-from sp_compile.symbols import is_tensor
+from sp_compile.symbols import is_tensor, length_input, token_dims
 
 LETTERS = {"tokens": "T", "shard_length": "n", "q_bounds": "q", "k_bounds": "k"}
 INDEX_INPUTS = ("local_index", "gathered_index", "gathered_valid", "restore_index", "rank", "q_bounds", "k_bounds")
@@ -66,6 +66,10 @@ class Program:
         """Whether anything is sharded at all."""
         return self.sp > 1 and self.tokens is not None
 
+    def length_input(self) -> fx.Node | None:
+        """The placeholder that is the global token length."""
+        return length_input(self.graph, self.tokens)
+
     def index_input(self, name: str) -> fx.Node:
         """The placeholder of one of :data:`INDEX_INPUTS`, added at the end of the inputs on first use."""
         last = None
@@ -79,6 +83,31 @@ class Program:
             node = self.graph.placeholder(name)
         node.meta.update(index_input=name, placement=REPLICATE)
         return node
+
+
+def uncut_tokens(program: Program) -> list[tuple[fx.Node, int, list[fx.Node]]]:
+    """Token inputs, or integers computed from them, with their token dim and the users that compute floats from them."""
+    whole, found = {}, []
+    for node in program.graph.nodes:
+        is_input = node.op == "placeholder" and node.name in program.token_inputs
+        if is_input:
+            whole[node] = program.token_inputs[node.name]
+        elif node.op != "call_function" or not is_tensor(node) or whole.keys().isdisjoint(node.all_input_nodes):
+            continue
+        elif not _is_float(node) and op_name(node) != "redistribute":
+            dims = token_dims(node, program.tokens)
+            whole[node] = next(iter(dims)) if list(dims.values()) == [1] else None
+    for node, dim in whole.items():
+        users = [user for user in node.users if is_tensor(user) and op_name(user) != "redistribute"]
+        users = [user for user in users if _is_float(node) or _is_float(user)]
+        if users and dim is not None:
+            found.append((node, dim, users))
+    return found
+
+
+def _is_float(node: fx.Node) -> bool:
+    dtype = node.meta["val"].dtype
+    return bool(dtype.is_floating_point or dtype.is_complex)
 
 
 def placement(node: fx.Node) -> Any:

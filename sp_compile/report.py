@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -103,19 +104,24 @@ def _collectives(program: Program, layout: TokenLayout) -> list[Collective]:
 
 def _collective(node: fx.Node, kind: str, elements: int, values: dict[Any, Any]) -> Collective:
     value = node.meta["val"]
-    shape = [int(_number(size, values)) for size in value.shape]
-    return Collective(node.name, kind, elements * value.element_size(), str(shape), source_line(node))
+    shape = ", ".join(_size_text(size, values) for size in value.shape)
+    return Collective(node.name, kind, elements * value.element_size(), f"[{shape}]", source_line(node))
 
 
 def _numel(node: Any, values: dict[Any, Any]) -> int:
-    total = 1
-    for size in node.meta["val"].shape:
-        total *= int(_number(size, values))
-    return total
+    """Elements for this layout, dims that depend on data counted as 1."""
+    return math.prod(_known(size, values) or 1 for size in node.meta["val"].shape)
 
 
-def _number(size: Any, values: dict[Any, Any]) -> int:
-    return int(size.node.expr.xreplace(values)) if isinstance(size, torch.SymInt) else int(size)
+def _known(size: Any, values: dict[Any, Any]) -> int | None:
+    """The size for this layout; None where it depends on data."""
+    number = size.node.expr.xreplace(values) if isinstance(size, torch.SymInt) else size
+    return None if getattr(number, "free_symbols", None) else int(number)
+
+
+def _size_text(size: Any, values: dict[Any, Any]) -> str:
+    number = _known(size, values)
+    return "?" if number is None else str(number)
 
 
 def _text(report: Report) -> list[str]:

@@ -40,6 +40,15 @@ def token_dims(node: fx.Node, tokens: sympy.Symbol | None) -> dict[int, int]:
     return {dim: times for dim, times in found.items() if times}
 
 
+def length_input(graph: fx.Graph, tokens: sympy.Symbol | None) -> fx.Node | None:
+    """The placeholder that is the global token length."""
+    for node in graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        if isinstance(value, torch.SymInt) and value.node.expr == tokens:
+            return node
+    return None
+
+
 def product(sizes: Sequence[sympy.Expr]) -> sympy.Expr:
     """Product of sizes, 1 for none."""
     result: sympy.Expr = sympy.Integer(1)

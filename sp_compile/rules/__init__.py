@@ -1,5 +1,7 @@
 """What the compiler can shard: one table from ATen op to rule. Read it top to bottom.
 
+A row names ops, or one overload of an op (``aten::max.other``), and covers what is tagged pointwise besides.
+
 An op that is not here, or whose rule says :class:`NoRule`, is computed on gathered inputs and reported.
 """
 
@@ -11,7 +13,7 @@ import torch
 from torch import fx
 
 from sp_compile.placements import RankLocal, Shard
-from sp_compile.rules import attention, contractions, indexing, pointwise, reductions, routing, views
+from sp_compile.rules import attention, contractions, indexing, pointwise, reductions, routing, select, views
 from sp_compile.rules.base import Call, NoRule, Outcome
 
 Rule = Callable[[Call], Outcome]
@@ -25,8 +27,10 @@ RULES: dict[str, Rule] = _table(
     {
         # elementwise beside everything tagged pointwise
         pointwise.pointwise: "aten::where aten::masked_fill aten::dropout aten::copy aten::full_like aten::zeros_like "
-        "aten::ones_like aten::empty_like aten::rand_like aten::lerp aten::maximum aten::minimum aten::addcmul",
-        pointwise.keeps_rows: "aten::clone aten::alias aten::detach aten::_to_copy aten::contiguous "
+        "aten::ones_like aten::empty_like aten::rand_like aten::rsub aten::true_divide aten::max.other aten::min.other "
+        "aten::__and__ aten::__or__ aten::__xor__ aten::isclose aten::hardswish aten::log_sigmoid aten::polar "
+        "aten::complex aten::real aten::imag aten::_conj",
+        pointwise.keeps_rows: "aten::clone aten::alias aten::detach aten::_to_copy aten::to aten::contiguous "
         "aten::lift_fresh_copy",
         pointwise.like_first: "aten::type_as",
         pointwise.floor_divide: "aten::floor_divide",
@@ -44,6 +48,8 @@ RULES: dict[str, Rule] = _table(
         views.stack: "aten::stack",
         views.repeat: "aten::repeat",
         views.repeat_interleave: "aten::repeat_interleave",
+        views.size: "aten::sym_size",
+        views.complex_pairs: "aten::view_as_complex aten::view_as_real",
         views.pad: "aten::pad aten::constant_pad_nd",
         views.slice_scatter: "aten::slice_scatter aten::select_scatter",
         # constants
@@ -58,13 +64,15 @@ RULES: dict[str, Rule] = _table(
         reductions.along_dims: "aten::sum aten::mean aten::amax aten::amin aten::max aten::min aten::prod aten::any "
         "aten::all aten::argmax aten::argmin aten::var aten::std aten::logsumexp aten::softmax aten::_softmax "
         "aten::log_softmax aten::_log_softmax aten::topk aten::cumprod aten::flip aten::roll aten::diff "
-        "aten::linalg_vector_norm aten::norm aten::median aten::kthvalue",
+        "aten::linalg_vector_norm aten::norm aten::median aten::kthvalue aten::glu",
         reductions.last_dims: "aten::layer_norm aten::native_layer_norm aten::rms_norm aten::_fused_rms_norm",
         # look-ups
         indexing.embedding: "aten::embedding",
         indexing.index: "aten::index",
+        indexing.index_put: "aten::index_put",
         indexing.index_select: "aten::index_select",
         indexing.same_place: "aten::gather aten::scatter aten::scatter_add",
+        select.selected: "select_rows",
         # experts
         routing.sort: "aten::sort aten::argsort",
         routing.group_sizes: "aten::histc aten::bincount",
@@ -89,10 +97,11 @@ _OF_RANK_LOCAL = frozenset(
 def rule_for(node: fx.Node) -> Rule | None:
     """The rule of the node's op, if there is one."""
     if not isinstance(node.target, torch._ops.OpOverload):
-        return None
+        return RULES.get(getattr(node.target, "__name__", "")) if node.op == "call_function" else None
     name = node.target._schema.name
-    if name in RULES:
-        return RULES[name]
+    for known in (f"{name}.{node.target._overloadname}", name):
+        if known in RULES:
+            return RULES[known]
     return pointwise.pointwise if torch.Tag.pointwise in node.target.tags else None
 
 

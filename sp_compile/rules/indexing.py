@@ -25,11 +25,15 @@ def index(call: Call) -> Outcome:
     indices: list[Any] = list(call.node.args[1])  # type: ignore[arg-type]
     used = [dim for dim, each in enumerate(indices) if each is not None]
     tensors = [indices[dim] for dim in used]
-    if any(each.meta["val"].dtype in (torch.bool, torch.uint8) for each in tensors):
-        raise NoRule("indexes by a mask")
+    if any(_is_mask(each) and rank_of(each) != 1 for each in tensors):
+        raise NoRule("indexes by a mask of several dims")
     start = used[0] if used == list(range(used[0], used[-1] + 1)) else 0
     width = max(rank_of(each) for each in tensors)
     table = call.shard(source)
+    if any(_is_mask(each) and call.shard(each) is not None for each in tensors) or (
+        table is not None and table.dim in used and _is_mask(indices[table.dim])
+    ):
+        raise NoRule("a mask chooses tokens")
     if table is None:
         span = output_shape(call.node)[start : start + width]
         placement, needs = align(call, tensors, span)
@@ -48,6 +52,24 @@ def index(call: Call) -> Outcome:
     if chosen.rows != table.outer * table.inner or chosen.of != table.order or len(used) > 1:
         raise NoRule("indexes tokens of other ranks")
     return Outcome(Shard(chosen.dim + start, chosen.outer, chosen.inner, chosen.order))
+
+
+def _is_mask(index: fx.Node) -> bool:
+    return index.meta["val"].dtype in (torch.bool, torch.uint8)
+
+
+def index_put(call: Call) -> Outcome:
+    """Rows of one other dim than the tokens' overwritten: both tensors are cut alike."""
+    into, indices, values = call.node.args[:3]
+    used = [dim for dim, each in enumerate(indices) if each is not None]  # type: ignore[arg-type,union-attr]
+    placement = call.first_shard()
+    (dim, *others), index = used, indices[used[0]]  # type: ignore[index]
+    if others or rank_of(index) != 1 or rank_of(values) != rank_of(into):  # type: ignore[arg-type]
+        raise NoRule("overwrites elements of several dims")
+    if placement.dim == dim or call.shard(index) is not None:
+        raise NoRule("overwrites tokens")
+    target = placement.at(placement.dim)
+    return Outcome(target, {into: target, values: target, index: REPLICATE})  # type: ignore[dict-item]
 
 
 def index_select(call: Call) -> Outcome:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import sympy
 from torch import fx
 
-from sp_compile.placements import REPLICATE, Placement, Shard
+from sp_compile.placements import REPLICATE, Partial, Placement, Shard
 from sp_compile.rules.base import Call, NoRule, Outcome, only_input, output_shape, rank_of, replicate_others
 from sp_compile.rules.select import select_rows
 from sp_compile.symbols import coefficient, product, shape_of
@@ -46,7 +46,7 @@ def expand(call: Call) -> Outcome:
     placement, added = call.shard(source), len(output_shape(call.node)) - rank_of(source)
     if placement is not None:
         return Outcome(placement.at(placement.dim + added))
-    wanted = _wanted(call)
+    wanted = _wanted(call, call.desired)
     dim = wanted.dim - added
     if dim >= 0 and shape_of(source)[dim] != 1:
         return Outcome(wanted, {source: wanted.at(dim)})
@@ -57,13 +57,13 @@ def creation(call: Call) -> Outcome:
     """A constant fill has the same rows everywhere: cut to the rank's rows when a consumer wants them."""
     if call.desired is None:
         return Outcome(REPLICATE)
-    return Outcome(_wanted(call))
+    _wanted(call, replace(call.desired, order=""))
+    return Outcome(call.desired)
 
 
-def _wanted(call: Call) -> Shard:
-    if call.desired is None:
+def _wanted(call: Call, shard: Shard | None) -> Shard:
+    if shard is None:
         raise NoRule("no input is sharded")
-    shard = call.desired
     if shard.order or coefficient(output_shape(call.node)[shard.dim], call.tokens) != shard.outer * shard.inner:
         raise NoRule("the output does not have the wanted rows")
     return shard
@@ -100,6 +100,8 @@ def unsqueeze(call: Call) -> Outcome:
 def squeeze(call: Call) -> Outcome:
     """Dims of size 1 go; the token dim never does."""
     source = call.node.args[0]
+    if isinstance(call.placed[source], Partial):  # type: ignore[index]
+        return Outcome(call.placed[source])  # type: ignore[index]
     placement = only_input(call, source)
     sizes = shape_of(source)  # type: ignore[arg-type]
     dims = call.arguments().get("dim")
@@ -125,6 +127,23 @@ def slice_(call: Call) -> Outcome:
     placement = only_input(call, source)
     if dim == placement.dim:
         return select_rows(call, source, dim, slice(values["start"], values["end"], values["step"]))
+    return Outcome(placement.at(placement.dim))
+
+
+def size(call: Call) -> Outcome:
+    """The size of another dim than the tokens', which is the same on every rank."""
+    source, dim = call.node.args[:2]
+    if int(dim) % rank_of(source) == only_input(call, source).dim:  # type: ignore[arg-type]
+        raise NoRule("reads the size of a merged token dim")
+    return Outcome(REPLICATE)
+
+
+def complex_pairs(call: Call) -> Outcome:
+    """The last dim of size 2 becomes complex, or the other way round."""
+    source = call.node.args[0]
+    placement = only_input(call, source)
+    if placement.dim >= min(rank_of(source), len(output_shape(call.node))):  # type: ignore[arg-type]
+        raise NoRule("the token dim holds real and imaginary parts")
     return Outcome(placement.at(placement.dim))
 
 

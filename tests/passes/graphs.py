@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import fx, nn
 
-from sp_compile import mesh, ops
+from sp_compile import capture, mesh, ops
 from sp_compile.config import compile_config
 from sp_compile.errors import SPCompileError
 from sp_compile.layout import TokenLayout, token_layout
@@ -60,6 +61,7 @@ def after(
     inputs: Mapping[str, torch.Tensor] | None = None,
     sp: int = 2,
     options: Mapping[str, Mapping[str, Any]] | None = None,
+    functional: bool = True,
     **config: Any,
 ) -> Program:
     """The program after the pass ``last`` of the default pipeline, or as captured for None.
@@ -68,6 +70,7 @@ def after(
         model: a module, or a ``forward(self, ...)`` without weights.
         inputs: keyword arguments; by default a packed row of embeddings.
         options: of passes, by their names.
+        functional: False captures as models are that cannot be made functional, with composite ops as written.
     """
     names = list(registered_passes())
     names = names[: names.index(last) + 1] if last is not None else []
@@ -81,12 +84,18 @@ def after(
 
     parallel.build = captured  # type: ignore[method-assign]
     torch._dynamo.reset()
+    functionalize = capture.dispatch_functionalize if functional else _refuse
     try:
-        parallel.explain(embeds() if inputs is None else inputs)
+        with mock.patch.object(capture, "dispatch_functionalize", functionalize):
+            parallel.explain(embeds() if inputs is None else inputs)
     except _Captured as found:
         program = found.program
     program.weights = dict(module.named_parameters())  # type: ignore[attr-defined]
     return program
+
+
+def _refuse(*_: Any, **__: Any) -> Callable[..., Any]:
+    return mock.Mock(side_effect=RuntimeError("not functional"))
 
 
 def calls(program: Program, op: str) -> list[fx.Node]:
