@@ -58,7 +58,7 @@ class LowerRedistributes(Pass):
             result.meta["placement"] = placement(node)
             node.replace_all_uses_with(result)
             program.graph.erase_node(node)
-        program.graph.eliminate_dead_code()
+        program.remove_dead_code()
 
 
 @dataclass

@@ -52,7 +52,7 @@ class MinimizeCommunication(Pass):
         if self.join_keys_and_values:
             for node in program.graph.find_nodes(op="call_function", target=torch.ops.sp_compile.attention.default):
                 self._join(program, node)
-        program.graph.eliminate_dead_code()
+        program.remove_dead_code()
 
     def _gather_once(self, program: Program) -> None:
         """A value needed whole in both orders crosses once and is reordered locally."""

@@ -66,7 +66,7 @@ class Normalize(Pass):
             if same is not None:
                 node.replace_all_uses_with(same)
                 graph.erase_node(node)
-        graph.eliminate_dead_code()
+        program.remove_dead_code()
 
 
 _ASSERTIONS = (aten._assert_tensor_metadata.default, aten._assert_async.msg, aten.sym_constrain_range.default)

@@ -157,7 +157,7 @@ class _Plan:
             if outcome is not None and outcome.substitute is not None:
                 self._substitute(node, outcome)
         self._record_fallbacks()
-        self.program.graph.eliminate_dead_code()
+        self.program.remove_dead_code()
 
     def _moved(
         self, node: fx.Node, needed: Placement, user: fx.Node, made: dict[tuple[fx.Node, str], fx.Node]
@@ -184,6 +184,7 @@ class _Plan:
         counts: Counter[tuple[str, str, str]] = Counter()
         moved: Counter[tuple[str, str, str]] = Counter()
         for node, reason in self.reasons.items():
+            node.meta["fallback"] = reason
             key = (op_name(node), source_line(node), reason)
             counts[key] += 1
             moved[key] += sum(_bytes(each) for each in self.needs[node] if self.placed[each] != REPLICATE)

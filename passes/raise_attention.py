@@ -52,7 +52,7 @@ class RaiseAttention(Pass):
         for node in list(program.graph.nodes):
             if node.target in (aten.softmax.int, aten._softmax.default):
                 self._raise_eager(program, node)
-        program.graph.eliminate_dead_code()
+        program.remove_dead_code()
 
     def _raise_sdpa(self, program: Program, node: fx.Node) -> str | None:
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")

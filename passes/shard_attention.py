@@ -70,7 +70,7 @@ class ShardAttention(Pass):
             keys = [_moved(program, _unmoved(each), Gathered(2), node, made) for each in (k, v)]
             rest[-1] = program.index_input("gathered_valid")
             node.args = (q, *keys, [ordered(each) for each in operands], *rest)
-        program.graph.eliminate_dead_code()
+        program.remove_dead_code()
 
 
 def _unmoved(node: fx.Node) -> fx.Node:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -48,7 +47,7 @@ def parallelize(
     _check_model(model)
     group = meshes.resolve(sp, mesh)
     parallel = ParallelModule(model, group, chosen)
-    fingerprint.check_model(group, _model_fields(model, chosen))
+    fingerprint.compare(group, _model_fields(model, chosen))
     return parallel
 
 
@@ -155,12 +154,8 @@ def _model_fields(model: nn.Module, config: CompileConfig) -> dict[str, str]:
     settings = getattr(model, "config", None)
     return {
         "the model": type(model).__name__,
-        "the model's configuration": _short(settings.to_json_string() if hasattr(settings, "to_json_string") else ""),
-        "the parameters' shapes": _short(shapes),
-        "the pipeline": _short(repr(config.pipeline)),
+        "the model's configuration": fingerprint.digest(settings.to_json_string() if hasattr(settings, "to_json_string") else ""),
+        "the parameters' shapes": fingerprint.digest(shapes),
+        "the pipeline": fingerprint.digest(repr(config.pipeline)),
         **{f"the option {name}": str(value) for name, value in asdict(config).items() if name != "pipeline"},
     }
-
-
-def _short(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:12]

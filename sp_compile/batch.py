@@ -17,7 +17,7 @@ class PackedBatch(Mapping[str, torch.Tensor]):
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], lengths: Sequence[int]) -> None:
-        self._tensors = dict(tensors)
+        self._tensors = {name: tensor.view(tensor.shape) for name, tensor in tensors.items()}
         self.lengths = tuple(lengths)
         for tensor in self._tensors.values():
             tensor._sp_compile_packed = True  # type: ignore[attr-defined]
@@ -30,6 +30,10 @@ class PackedBatch(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self._tensors)
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The same batch on another device."""
+        return PackedBatch({name: tensor.to(device) for name, tensor in self._tensors.items()}, self.lengths)
 
     def split(self, output: torch.Tensor, dim: int = 1) -> list[torch.Tensor]:
         """Cut ``output`` (``T`` rows along ``dim``) into one tensor per request.
@@ -44,6 +48,11 @@ class PackedBatch(Mapping[str, torch.Tensor]):
                 f"the batch has {total} tokens; pass an output in normal order with all tokens"
             )
         return list(output.split(list(self.lengths), dim=dim))
+
+
+def is_packed(tensor: torch.Tensor) -> bool:
+    """Whether the tensor is part of a batch that :func:`pack` made."""
+    return getattr(tensor, "_sp_compile_packed", False)
 
 
 def pack(requests: Sequence[torch.Tensor | Sequence[int]], device: torch.device | str | None = None) -> PackedBatch:
@@ -63,17 +72,27 @@ def pack(requests: Sequence[torch.Tensor | Sequence[int]], device: torch.device 
         raise BatchError("the batch holds no request; pass at least one")
     rows = []
     for i, request in enumerate(requests):
-        row = torch.as_tensor(request)
+        row = _row(i, request)
         if row.numel() == 0:
             raise BatchError(f"request {i} has length 0; every request needs at least 1 token")
         if row.dim() != 1 or row.is_floating_point() or row.dtype == torch.bool:
             raise BatchError(
                 f"request {i} has shape {list(row.shape)} and dtype {row.dtype}; expected a 1-D row of integer token ids"
             )
-        rows.append(row.to(device=device or torch.as_tensor(requests[0]).device, dtype=torch.int64))
+        rows.append(row.to(device=device or (rows[0] if rows else row).device, dtype=torch.int64))
     lengths = [len(row) for row in rows]
     positions = torch.cat([torch.arange(length, device=rows[0].device) for length in lengths])
     return PackedBatch({"input_ids": torch.cat(rows)[None], "position_ids": positions[None]}, lengths)
+
+
+def _row(i: int, request: torch.Tensor | Sequence[int]) -> torch.Tensor:
+    try:
+        return torch.as_tensor(request)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise BatchError(
+            f"request {i} is a {type(request).__name__} ({error}); expected a 1-D row of integer token ids, so pass "
+            "text through a tokenizer first"
+        ) from error
 
 
 def request_lengths(position_ids: torch.Tensor) -> tuple[int, ...]:

@@ -57,11 +57,12 @@ def capture(gm: fx.GraphModule, sp: int, group_name: str, outputs: str) -> Progr
 
 
 def _source(node: fx.Node) -> str:
+    """Dynamo's text for where an input comes from; kept, since Dynamo forgets it after the first capture."""
     argument = node.meta.get("grapharg")
-    if argument is None:
-        return node.name
-    name = argument.source.name
-    return str(name() if callable(name) else name)
+    if "input_source" not in node.meta:
+        name = argument.source.name if argument is not None else node.name
+        node.meta["input_source"] = str(name() if callable(name) else name)
+    return str(node.meta["input_source"])
 
 
 def _retrace(gm: fx.GraphModule, values: Sequence[Any]) -> fx.GraphModule:

@@ -21,3 +21,8 @@ def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], tracing: AbstractCo
 def hint_of(size: torch.SymInt) -> int:
     """The example value of a symbolic size."""
     return int(size.node.hint)
+
+
+def group_store(group: Any) -> Any:
+    """The key-value store through which the ranks of a process group found each other."""
+    return torch.distributed.distributed_c10d._world.pg_map[group][1]

@@ -21,6 +21,10 @@ class BatchError(SPCompileError, ValueError):
     """A batch that cannot be laid out: empty, wrong shape, inconsistent positions."""
 
 
+class RequestsMixedError(SPCompileError, ValueError):
+    """A batch from ``pack`` on a model that lets one request see another."""
+
+
 class MeshError(SPCompileError, ValueError):
     """Ranks, process groups and ``sp`` that do not fit together."""
 

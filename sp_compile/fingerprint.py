@@ -4,35 +4,46 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from sp_compile.errors import RankFailedError, RankMismatchError
+from sp_compile.compat import group_store
+from sp_compile.errors import RankFailedError, RankMismatchError, SPCompileError
 from sp_compile.mesh import Group
 from sp_compile.program import Program, lines
 
+PATIENCE = 5.0  # seconds that survivors of a failure wait for each other, to tell who is missing
+RAISED = "raised"
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-
-def compare(group: Group, fields: Mapping[str, str]) -> None:
-    """Exchange the fields and compare them.
+@contextmanager
+def agreement(group: Group) -> Iterator[dict[str, str]]:
+    """Exchange what the block puts into the dictionary, or that it raised, and go on only if all ranks are alike.
 
     Raises:
         RankMismatchError: names the field, the ranks that differ from the most common value, and the values.
-        RankFailedError: another rank did not answer.
+        RankFailedError: the block raised on another rank, or that rank died.
+        SPCompileError: what the block raised on this rank.
     """
-    if group.size == 1 or group.process_group is None:
-        return
-    gathered: list[Any] = [None] * group.size
+    fields: dict[str, str] = {}
     try:
-        dist.all_gather_object(gathered, dict(fields), group=group.process_group)
-    except RuntimeError as error:
-        raise RankFailedError(f"rank {group.rank} waited for the others before a forward: {error}") from error
+        yield fields
+    except SPCompileError as problem:
+        _exchange(group, {RAISED: f"{type(problem).__name__}: {problem}"})
+        raise
+    compare(group, fields)
+
+
+def compare(group: Group, fields: Mapping[str, str]) -> None:
+    """As :func:`agreement`, for fields that are known already."""
+    gathered = _exchange(group, fields)
+    failed = [(rank, each[RAISED]) for rank, each in enumerate(gathered) if RAISED in each]
+    if failed:
+        raise RankFailedError("; ".join(f"rank {rank} raised {problem}" for rank, problem in failed))
     for name in sorted({name for each in gathered for name in each}):
         values = [each.get(name, "nothing") for each in gathered]
         if len(set(values)) == 1:
@@ -46,31 +57,94 @@ def compare(group: Group, fields: Mapping[str, str]) -> None:
         )
 
 
-def check_inputs(group: Group, named: Mapping[str, torch.Tensor], lengths: Sequence[int]) -> None:
-    """Compare shapes, dtypes, requests and contents of the inputs."""
+def _exchange(group: Group, fields: Mapping[str, str]) -> list[Any]:
     if group.size == 1 or group.process_group is None:
-        return
-    shapes = {name: f"{list(each.shape)} {each.dtype}" for name, each in sorted(named.items())}
-    fields = {f"the shape of {name}": shape for name, shape in shapes.items()}
-    shown = str(list(lengths)) if len(lengths) <= 8 else f"{len(lengths)} requests {_digest(str(list(lengths)))}"
+        return [dict(fields)]
+    gathered: list[Any] = [None] * group.size
+    with naming_failed_ranks(group):
+        dist.all_gather_object(gathered, dict(fields), group=group.process_group)
+    return gathered
+
+
+@contextmanager
+def naming_failed_ranks(group: Group) -> Iterator[None]:
+    """Turn a collective's error into one that names the ranks that raised or died.
+
+    Raises:
+        RankFailedError: a collective of the block failed.
+    """
+    try:
+        yield
+    except SPCompileError:
+        raise
+    except Exception as error:
+        if group.process_group is None:
+            raise
+        own = not _is_of_collective(error)
+        missing, told = _roll_call(group, f"{type(error).__name__}: {error}" if own else "")
+        if own:
+            raise
+        causes = [f"rank {rank} raised {text}" for rank, text in told] + [f"rank {rank} died" for rank in missing]
+        named = "; ".join(causes) or "another rank closed its connection"
+        raise RankFailedError(f"rank {group.rank} cannot go on: {named}") from error
+
+
+def _is_of_collective(error: Exception) -> bool:
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(word in text for word in ("gloo", "nccl", "connection", "collective"))
+
+
+def _roll_call(group: Group, problem: str) -> tuple[list[int], list[tuple[int, str]]]:
+    """Say that this rank is alive, and what it raised; ranks that do not answer in time, and what others raised."""
+    missing, told = [], []
+    try:
+        store = group_store(group.process_group)
+        store.set(f"sp_compile/failed/{group.rank}", problem or "alive")
+        if problem:
+            return [], []
+        for rank in range(group.size):
+            key = f"sp_compile/failed/{rank}"
+            if not _arrives(store, key):
+                missing.append(rank)
+            elif (text := store.get(key).decode()) != "alive":
+                told.append((rank, text.splitlines()[0]))
+    except RuntimeError:  # the store was served by a rank that is gone
+        return [], []
+    return missing, told
+
+
+def _arrives(store: Any, key: str) -> bool:
+    from datetime import timedelta
+
+    try:
+        store.wait([key], timedelta(seconds=PATIENCE))
+    except RuntimeError:
+        return False
+    return True
+
+
+def of_inputs(named: Mapping[str, torch.Tensor], lengths: Sequence[int]) -> dict[str, str]:
+    """Shapes, dtypes, requests and contents of the inputs."""
+    shapes = {f"the shape of {name}": f"{list(each.shape)} {each.dtype}" for name, each in sorted(named.items())}
+    shown = str(list(lengths)) if len(lengths) <= 8 else f"{len(lengths)} requests {digest(str(list(lengths)))}"
     contents = {f"the values of {name}": _content(each) for name, each in named.items()}
-    compare(group, {**fields, "the requests": shown, **contents})
+    return {**shapes, "the requests": shown, **contents}
 
 
 def _content(tensor: torch.Tensor) -> str:
     """A checksum that changes with any element; for floats, of their bits."""
     flat = tensor.detach().reshape(-1)
     if flat.is_floating_point():
-        flat = flat.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
+        flat = flat.contiguous().view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
     weights = torch.arange(1, flat.numel() + 1, device=flat.device)
     return f"checksum {int((flat.to(torch.int64) * weights).sum()):x}"
 
 
-def check_model(group: Group, fields: Mapping[str, str]) -> None:
-    """Compare model configuration and pipeline."""
-    compare(group, fields)
+def of_graph(program: Program) -> dict[str, str]:
+    """The rewritten graph, which is the same on every rank."""
+    return {"the graph": digest("\n".join(lines(program)))} if program.sp > 1 else {}
 
 
-def check_graph(group: Group, program: Program) -> None:
-    """Compare the rewritten graphs."""
-    compare(group, {"the graph": _digest("\n".join(lines(program)))})
+def digest(text: str) -> str:
+    """A short hash of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -40,24 +40,23 @@ def plan_tiles(
     """
     q_cuts, k_cuts = q_bounds.cpu().numpy(), k_bounds.cpu().numpy()
     shape = (len(q_cuts) - 1, len(k_cuts) - 1)
-    low, high = np.ones(shape), np.ones(shape)
+    low, high, whole = np.ones(shape), np.ones(shape), np.ones(shape[1], dtype=bool)
     if assigns(rule, "mask"):
         ranges = [_ranges(operand, q_cuts[:-1], k_cuts[:-1]) for operand in operands]
         low, high = (np.broadcast_to(each, shape) for each in mask_ranges(rule, ranges))
     if valid is not None:
         held = valid.cpu().numpy()
-        low = low * np.logical_and.reduceat(held, k_cuts[:-1])
-        high = high * np.logical_or.reduceat(held, k_cuts[:-1])
+        whole = np.logical_and.reduceat(held, k_cuts[:-1])
+        low, high = low * whole, high * np.logical_or.reduceat(held, k_cuts[:-1])
     kinds = np.where(high == 0, EMPTY, np.where(low == 1, FULL, PARTIAL)).astype(np.int8)
     if assigns(rule, "mask"):
-        _mark_triangles(kinds, operands, rule, q_cuts, k_cuts)
+        _mark_triangles(kinds, whole, operands, rule, q_cuts, k_cuts)
     return torch.from_numpy(kinds)
 
 
 def _ranges(operand: torch.Tensor, q_starts: np.ndarray, k_starts: np.ndarray) -> Interval:
     values = operand.detach().cpu()
-    values = values.reshape((1,) * (4 - values.dim()) + tuple(values.shape)).float() if values.dim() < 4 else values
-    array = values.to(torch.float64).numpy()
+    array = values.reshape((1,) * (4 - values.dim()) + tuple(values.shape)).to(torch.float64).numpy()
     low, high = array.min(axis=(0, 1)), array.max(axis=(0, 1))
     for axis, starts in enumerate((q_starts, k_starts)):
         if low.shape[axis] != 1:
@@ -67,9 +66,15 @@ def _ranges(operand: torch.Tensor, q_starts: np.ndarray, k_starts: np.ndarray) -
 
 
 def _mark_triangles(
-    kinds: np.ndarray, operands: Sequence[torch.Tensor], rule: str, q_cuts: np.ndarray, k_cuts: np.ndarray
+    kinds: np.ndarray,
+    whole: np.ndarray,
+    operands: Sequence[torch.Tensor],
+    rule: str,
+    q_cuts: np.ndarray,
+    k_cuts: np.ndarray,
 ) -> None:
-    rows, columns = np.nonzero(kinds == PARTIAL)
+    """Find exact lower triangles among the partial tiles whose keys all exist."""
+    rows, columns = np.nonzero((kinds == PARTIAL) & whole)
     square = np.diff(q_cuts)[rows] == np.diff(k_cuts)[columns]
     for i, j in zip(rows[square].tolist(), columns[square].tolist(), strict=True):
         tile = Tile(int(q_cuts[i]), int(q_cuts[i + 1]), int(k_cuts[j]), int(k_cuts[j + 1]), PARTIAL)
@@ -289,7 +294,7 @@ def _flash_cpu(
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, 0.0, kind == CAUSAL and added is None, attn_mask=added, scale=scale
     )
-    if added is not None and mask is not None:
+    if added is not None:
         blind = (added == -torch.inf).all(dim=-1).expand(lse.shape)
         lse = lse.masked_fill(blind, -torch.inf)
         out = out.masked_fill(blind.unsqueeze(-1), 0.0)

@@ -109,8 +109,8 @@ class TokenLayout:
         cuts = cuts[keep]
         ends = [count, self.shard_length] if count < self.shard_length else [count]
         inner = cuts[(cuts > 0) & (cuts < count)]
-        if len(inner) == 0 and len(ends) == 1 and count > 1:
-            inner = np.asarray([count // 2])
+        if len(inner) == 0 and ends[0] in (0, self.shard_length) and self.shard_length > 1:
+            inner = np.asarray([self.shard_length // 2])
         return torch.from_numpy(np.unique(np.concatenate([[0], inner, ends])).astype(np.int64))
 
     def gathered_tile_bounds(self) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -94,5 +95,12 @@ def _group_of_world(sp: int, world: int) -> Group:
         group = dist.group.WORLD
         assert group is not None
         return Group(sp, dist.get_rank(), group.group_name, group)
-    own, _ = dist.new_subgroups(group_size=sp)
+    own = _subgroup(dist.group.WORLD, sp)
     return Group(sp, dist.get_rank(own), own.group_name, own)
+
+
+@lru_cache(maxsize=16)
+def _subgroup(world: Any, sp: int) -> Any:
+    """This rank's group of ``sp`` adjacent ranks; made once per world, since groups are never given back."""
+    own, _ = dist.new_subgroups(group_size=sp)
+    return own

@@ -70,6 +70,10 @@ class Program:
         """The placeholder that is the global token length."""
         return length_input(self.graph, self.tokens)
 
+    def remove_dead_code(self) -> None:
+        """Remove what nobody reads, ops that draw random numbers included."""
+        self.graph.eliminate_dead_code(is_impure_node=lambda node: node.is_impure(impure_random=False))
+
     def index_input(self, name: str) -> fx.Node:
         """The placeholder of one of :data:`INDEX_INPUTS`, added at the end of the inputs on first use."""
         last = None

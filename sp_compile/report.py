@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx
 
@@ -34,7 +35,18 @@ class Collective:
 
 @dataclass(frozen=True)
 class Report:
-    """See the fields; ``str()`` is plain text, :meth:`render` prints with rich where it is installed."""
+    """What a forward does. ``str()`` is plain text, :meth:`render` prints with rich where it is installed.
+
+    Attributes:
+        sp, scheme, lengths: ranks, layout scheme, and tokens of each request.
+        shard_length: rows of each rank, padding included.
+        tokens_per_rank: rows of each rank without padding.
+        attention_area_per_rank: query-key pairs that the masks leave, over all layers and sequences; an upper bound
+            where a mask depends on activations.
+        collectives: those of the local graph, in order.
+        fallbacks: ops on gathered inputs, attention that was not raised and masks that were not lifted.
+        steps: what each pass did; with text of the graph only from ``explain``.
+    """
 
     sp: int
     scheme: str
@@ -64,24 +76,21 @@ class Report:
         (console or Console()).print(str(self), markup=False, highlight=False)
 
 
-def attention_area(layout: TokenLayout) -> list[int]:
-    """Causal query-key pairs of each rank's rows: the row numbers within their requests, plus one, summed."""
-    starts = torch.tensor([0, *layout.lengths]).cumsum(0)[:-1]
-    owner = torch.repeat_interleave(torch.arange(len(layout.lengths)), torch.tensor(layout.lengths))
-    position = torch.arange(layout.tokens) - starts[owner]
-    area = (position[layout.local_index] + 1) * layout.valid
+def attention_area(layout: TokenLayout, rows: np.ndarray) -> list[int]:
+    """Query-key pairs of each rank, from those of each token."""
+    area = torch.from_numpy(rows)[layout.local_index] * layout.valid
     return [int(each) for each in area.sum(dim=1)]
 
 
-def make_report(program: Program, steps: Sequence[PassStep], layout: TokenLayout) -> Report:
-    """Collect a report for one layout."""
+def make_report(program: Program, steps: Sequence[PassStep], layout: TokenLayout, rows: np.ndarray) -> Report:
+    """Collect a report for one layout, whose tokens see ``rows`` keys each, over all layers."""
     return Report(
         sp=program.sp,
         scheme=layout.scheme,
         lengths=layout.lengths,
         shard_length=layout.shard_length,
         tokens_per_rank=list(layout.tokens_per_rank),
-        attention_area_per_rank=attention_area(layout),
+        attention_area_per_rank=attention_area(layout, rows),
         collectives=list(_collectives(program, layout)),
         fallbacks=list(program.fallbacks),
         steps=list(steps),

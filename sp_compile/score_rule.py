@@ -86,7 +86,10 @@ def _assignment(text: str) -> Assignment:
     function, _, inner = call.partition("(")
     if not name.isidentifier() or function not in FUNCTIONS or not inner.endswith(")"):
         raise ValueError(f"not an assignment of a score rule: {text!r}")
-    return Assignment(name, function, tuple(_argument(each.strip()) for each in inner[:-1].split(",")))
+    try:
+        return Assignment(name, function, tuple(_argument(each.strip()) for each in inner[:-1].split(",")))
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"not an assignment of a score rule: {text!r}") from error
 
 
 def _argument(text: str) -> Any:
@@ -126,8 +129,14 @@ def _needed(rule: str, outputs: tuple[str, ...]) -> tuple[Assignment, ...]:
 
 def _call(function: str, inputs: list[Any], device: torch.device) -> torch.Tensor:
     if function not in ("pow", "clamp"):
-        inputs = [each if isinstance(each, torch.Tensor) else torch.tensor(each, device=device) for each in inputs]
+        wide = any(isinstance(each, torch.Tensor) and each.dtype == torch.float64 for each in inputs)
+        floats = torch.float64 if wide else torch.float32
+        inputs = [each if isinstance(each, torch.Tensor) else _number(each, floats, device) for each in inputs]
     return FUNCTIONS[function](*inputs)  # type: ignore[no-any-return]
+
+
+def _number(value: float, floats: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.tensor(value, dtype=floats if isinstance(value, float) else None, device=device)
 
 
 def assigns(rule: str, name: str) -> bool:
@@ -151,9 +160,10 @@ def mask_ranges(rule: str, ranges: Sequence[Interval]) -> Interval:
                 values.get(item, _UNKNOWN) if isinstance(item, str) else (np.asarray(float(item)),) * 2
                 for item in each.arguments
             ]
-            values[each.name] = _interval(each.function, inputs)
-    low, high = values["mask"]
-    return np.where(np.isnan(low), 0, low), np.where(np.isnan(high), 1, high)
+            low, high = _interval(each.function, inputs)
+            # 0 * inf and the like bound nothing
+            values[each.name] = np.where(np.isnan(low), -np.inf, low), np.where(np.isnan(high), np.inf, high)
+    return _truth(values["mask"])
 
 
 def _truth(value: Interval) -> Interval:

@@ -23,6 +23,11 @@ def test_requests_are_packed_into_one_row():
     assert batch.lengths == (3, 1, 2)
 
 
+def test_ids_of_any_integer_type_become_int64():
+    for dtype in (torch.uint8, torch.int32):
+        assert pack([torch.tensor([1, 2], dtype=dtype)])["input_ids"].dtype == torch.int64
+
+
 def test_a_batch_is_what_a_model_is_called_with():
     def forward(input_ids, position_ids):
         return input_ids * 100 + position_ids

@@ -146,6 +146,8 @@ def test_a_name_may_be_assigned_again():
     rule = "t0 = add(x0, 1); bias = mul(t0, 2); t0 = neg(x0); score = add(score, t0); score = mul(score, 10)"
     found = evaluate(rule, [torch.tensor([3])], ("bias", "score"), torch.tensor([5]))
     assert (found["bias"].item(), found["score"].item()) == (8, 20)
+    replaced = "t0 = tanh(score); t0 = neg(x0); bias = mul(t0, 2)"
+    assert evaluate(replaced, [torch.tensor([3])], ("bias",))["bias"].item() == -6  # without the score
 
 
 def test_numbers_do_not_widen_half_precision():
@@ -154,7 +156,9 @@ def test_numbers_do_not_widen_half_precision():
         assert evaluate(f"bias = {call}", [value], ("bias",))["bias"].dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("call", ["mul(score, 0.1)", "maximum(score, 0.1)", "where(False, 1, 0.1)", "sub(score, 0.1)"])
+@pytest.mark.parametrize(
+    "call", ["mul(score, 0.1)", "maximum(score, 0.1)", "where(False, score, 0.1)", "sub(score, 0.1)"]
+)
 def test_numbers_are_exact_in_double_precision(call: str):
     score = torch.tensor([-1.0], dtype=torch.float64)
     expected = {"mul": -0.1, "maximum": 0.1, "where": 0.1, "sub": -1.1}[call.partition("(")[0]]

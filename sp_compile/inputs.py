@@ -1,0 +1,98 @@
+"""A model's inputs: which of them hold the tokens, whether they can be laid out, and which dims may vary."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from sp_compile.batch import is_packed, request_lengths
+from sp_compile.capture import TOKEN_INPUTS
+from sp_compile.errors import BatchError, UnsupportedModelError
+
+
+def named_tensors(
+    module: nn.Module, signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, torch.Tensor]:
+    """The tensors of a call by the names that the model's forward gives them.
+
+    Raises:
+        BatchError: the model's forward does not take these arguments.
+    """
+    try:
+        bound = signature.bind(*args, **kwargs).arguments
+    except TypeError as error:
+        raise BatchError(f"{type(module).__name__}.forward: {error}") from None
+    flat: dict[str, Any] = {}
+    for name, value in bound.items():
+        flat.update(value if isinstance(value, dict) else {name: value})
+    return {name: value for name, value in flat.items() if isinstance(value, torch.Tensor)}
+
+
+def token_input(named: Mapping[str, torch.Tensor]) -> tuple[str, torch.Tensor]:
+    """Name and tensor of the input that holds the tokens."""
+    for name in (*TOKEN_INPUTS, *named):
+        if name in named and named[name].dim() >= 1:
+            return name, named[name]
+    raise BatchError("no tensor among the inputs; pass input_ids or inputs_embeds")
+
+
+def length_of(tokens: torch.Tensor) -> int:
+    """Token length of ``[T]``, ``[B, T]`` or ``[B, T, hidden]``."""
+    return tokens.shape[1] if tokens.dim() > 1 else tokens.shape[0]
+
+
+def check_inputs(named: Mapping[str, torch.Tensor], device: torch.device) -> None:
+    """Check what can be told without the model.
+
+    Raises:
+        BatchError: no tokens, or inputs of different lengths.
+        UnsupportedModelError: inputs that are not on the model's device.
+    """
+    name, tokens = token_input(named)
+    if tokens.numel() == 0:
+        raise BatchError(f"{name} has shape {list(tokens.shape)}; a batch needs at least 1 token")
+    elsewhere = [f"{key} on {each.device}" for key, each in named.items() if each.device != device]
+    if elsewhere and device.type != "meta":
+        raise UnsupportedModelError(f"the model is on {device}, but {', '.join(elsewhere)}; move them to {device}")
+    length = length_of(tokens)
+    positions, mask = named.get("position_ids"), named.get("attention_mask")
+    if positions is not None and tokens.dim() > 1 and positions.shape[-1] != length:
+        raise BatchError(f"position_ids have {positions.shape[-1]} positions, {name} has {length} tokens; pass one each")
+    if mask is not None and mask.dim() == 2 and tokens.dim() > 1 and mask.shape != tokens.shape[:2]:
+        raise BatchError(f"attention_mask has shape {list(mask.shape)}, {name} has {list(tokens.shape[:2])}")
+
+
+def request_lengths_of(named: Mapping[str, torch.Tensor]) -> tuple[int, ...]:
+    """Requests of the batch: read from position ids where they pack several into one row, else one per row.
+
+    Raises:
+        BatchError: position ids that neither count up nor restart.
+    """
+    positions = named.get("position_ids")
+    one_row = positions is not None and positions.dim() == 2 and positions.shape[0] == 1
+    if one_row and "attention_mask" not in named and positions is not None:
+        return request_lengths(positions)
+    return (length_of(token_input(named)[1]),)
+
+
+def from_pack(named: Mapping[str, torch.Tensor]) -> bool:
+    """Whether ``pack`` made the batch, which promises that its requests are kept apart."""
+    return any(is_packed(each) for each in named.values())
+
+
+def mark_token_dims(value: Any, length: int, name: str = "") -> Any:
+    """An alias of a tensor whose token dims are marked dynamic; the caller's tensor is not touched."""
+    if not isinstance(value, torch.Tensor) or length == 0:
+        return value
+    alias = value.detach().view(value.shape) if not value.requires_grad else value.detach()
+    first = 0 if value.dim() == 1 else value.dim() - 1 if name == "position_ids" else 1
+    for dim in range(first, value.dim()):
+        if value.shape[dim] == length:
+            torch._dynamo.mark_dynamic(alias, dim)
+            if value.dim() == 3 and name != "attention_mask":
+                break
+    return alias

@@ -1,0 +1,218 @@
+"""The attention masks of a captured program, evaluated on the host for one batch.
+
+Lifted masks are rules over per-token vectors that follow from the inputs alone (positions, padding), so which query sees
+which key is known without running the model: for attention area, and to tell whether packed requests are kept apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from sp_compile.program import Program, source_line
+from sp_compile.score_rule import Interval, assigns, mask_ranges
+from sp_compile.symbols import is_tensor
+
+LEAF = 32
+UNKNOWN: Interval = (np.asarray(-np.inf), np.asarray(np.inf))
+
+
+@dataclass(frozen=True)
+class MaskKind:
+    """One rule with the outputs of :attr:`Masks.gm` that are its operands; None where it depends on activations."""
+
+    rule: str
+    operands: tuple[int | None, ...]
+    layers: int
+    source: str
+
+
+@dataclass(frozen=True)
+class Masks:
+    """All kinds of masks of one program, and the part of its graph that computes their operands from the inputs."""
+
+    gm: fx.GraphModule
+    inputs: tuple[str, ...]
+    kinds: tuple[MaskKind, ...]
+
+    def evaluate(self, inputs: Mapping[str, Any]) -> list[list[torch.Tensor | None]]:
+        """Operands of each kind for these inputs, on the host."""
+        values = self.gm(*(inputs[name] for name in self.inputs))
+        return [[None if i is None else values[i].cpu() for i in kind.operands] for kind in self.kinds]
+
+
+def read_masks(program: Program, device: torch.device | None = None) -> Masks:
+    """Collect the masks of a program whose attention is raised.
+
+    Args:
+        program: in the global view.
+        device: where the operands are computed, if not where the program runs.
+    """
+    found: dict[tuple[Any, ...], list[fx.Node]] = {}
+    for node in program.graph.find_nodes(op="call_function", target=torch.ops.sp_compile.attention.default):
+        found.setdefault((tuple(node.args[3]), node.args[4]), []).append(node)
+    known = _follows_from_inputs(program)
+    operands = list(dict.fromkeys(each for nodes, _ in found for each in nodes if each in known))
+    kinds = tuple(
+        MaskKind(rule, tuple(operands.index(each) if each in known else None for each in nodes), len(users),
+                 source_line(users[0]))
+        for (nodes, rule), users in found.items()
+    )  # fmt: skip
+    return Masks(*_slice(program, operands, device), kinds)
+
+
+def _follows_from_inputs(program: Program) -> set[fx.Node]:
+    """Nodes computed from integer inputs and constants: no weights, no floating-point inputs."""
+    known: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "placeholder":
+            is_float = is_tensor(node) and value.is_floating_point()
+            if value is not None and not node.meta.get("weight") and not is_float:
+                known.add(node)
+        elif node.op == "get_attr" or (node.op == "call_function" and known.issuperset(node.all_input_nodes)):
+            known.add(node)
+    return known
+
+
+def _slice(
+    program: Program, outputs: Sequence[fx.Node], device: torch.device | None
+) -> tuple[fx.GraphModule, tuple[str, ...]]:
+    needed, stack = set(), list(outputs)
+    while stack:
+        node = stack.pop()
+        if node not in needed:
+            needed.add(node)
+            stack.extend(node.all_input_nodes)
+    graph, copies = fx.Graph(), {}
+    for node in program.graph.nodes:
+        if node in needed:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+            if device is not None and "device" in node.kwargs:
+                copies[node].kwargs = {**copies[node].kwargs, "device": device}
+    graph.output(tuple(copies[each] for each in outputs))
+    inputs = tuple(node.name for node in copies if node.op == "placeholder")
+    return fx.GraphModule(program.gm, graph), inputs
+
+
+class _Operand:
+    """Bounds of one operand over aligned blocks of ``LEAF * 2**level`` tokens."""
+
+    def __init__(self, value: torch.Tensor | None, levels: int) -> None:
+        self.axes: tuple[bool, bool] | None = None
+        if value is None:
+            return
+        array = value.reshape((1,) * (4 - value.dim()) + tuple(value.shape)).to(torch.float64).numpy()
+        low, high = array.min(axis=(0, 1)), array.max(axis=(0, 1))
+        self.axes = low.shape[0] != 1, low.shape[1] != 1
+        if all(self.axes):
+            self.matrix = low, high
+            return
+        size = LEAF << levels
+        self.leaf = _padded(low.reshape(-1), size, np.inf), _padded(high.reshape(-1), size, -np.inf)
+        self.levels = [(self.leaf[0].reshape(-1, LEAF).min(axis=1), self.leaf[1].reshape(-1, LEAF).max(axis=1))]
+        for _ in range(levels):
+            low, high = self.levels[-1]
+            self.levels.append((low.reshape(-1, 2).min(axis=1), high.reshape(-1, 2).max(axis=1)))
+
+    def blocks(self, level: int, queries: np.ndarray, keys: np.ndarray) -> Interval:
+        """Bounds over pairs of blocks."""
+        if self.axes is None or all(self.axes):
+            return UNKNOWN
+        low, high = self.levels[level]
+        at = queries if self.axes[0] else keys if self.axes[1] else np.zeros(1, dtype=np.int64)
+        return low[at], high[at]
+
+    def elements(self, queries: np.ndarray, keys: np.ndarray) -> Interval:
+        """Values ``[pairs, LEAF, LEAF]`` of pairs of leaf blocks."""
+        if self.axes is None:
+            return UNKNOWN
+        rows, columns = (each[:, None] * LEAF + np.arange(LEAF) for each in (queries, keys))
+        if all(self.axes):
+            at = np.minimum(rows, self.matrix[0].shape[0] - 1)[:, :, None], np.minimum(
+                columns, self.matrix[0].shape[1] - 1)[:, None, :]  # fmt: skip
+            return self.matrix[0][at], self.matrix[1][at]
+        if not any(self.axes):
+            return self.leaf[0][:1], self.leaf[1][:1]
+        at = rows[:, :, None] if self.axes[0] else columns[:, None, :]
+        return self.leaf[0][at], self.leaf[1][at]
+
+
+def _padded(values: np.ndarray, multiple: int, fill: float) -> np.ndarray:
+    return np.pad(values, (0, -len(values) % multiple), constant_values=fill)
+
+
+def keys_per_query(rule: str, operands: Sequence[torch.Tensor | None], tokens: int) -> np.ndarray:
+    """How many keys each query may attend to, int64 ``[tokens]``; over batch and heads, those that any lets it see.
+
+    Pairs of blocks are refined until the rule's bounds decide them (a quadtree), so time and memory grow with the edge
+    of the mask. Where an operand is not known the count is an upper bound.
+    """
+    counts = np.zeros(tokens, dtype=np.int64)
+    if not assigns(rule, "mask"):
+        return counts + tokens
+    levels = max(0, int(np.ceil(np.log2(max(1, -(-tokens // LEAF))))))
+    pyramids = [_Operand(operand, levels) for operand in operands]
+    vague = any(each.axes is None for each in pyramids)
+    queries = keys = np.zeros(1, dtype=np.int64)
+    for level in range(levels, -1, -1):
+        low, high = _bounds(rule, [each.blocks(level, queries, keys) for each in pyramids], queries.shape)
+        width = LEAF << level
+        coarse = vague and width <= max(LEAF, tokens // 512)
+        full = (high > 0) & ((low == 1) | coarse)
+        _add(counts, queries[full], keys[full], width)
+        open_pairs = (high > 0) & ~full
+        queries, keys = queries[open_pairs], keys[open_pairs]
+        if level:
+            queries = (2 * queries[:, None] + np.array([0, 0, 1, 1])).reshape(-1)
+            keys = (2 * keys[:, None] + np.array([0, 1, 0, 1])).reshape(-1)
+            inside = (np.maximum(queries, keys) * (width // 2)) < tokens
+            queries, keys = queries[inside], keys[inside]
+    for start in range(0, len(queries), 4096):
+        _add_elements(counts, rule, pyramids, queries[start : start + 4096], keys[start : start + 4096])
+    return counts
+
+
+def _bounds(rule: str, ranges: list[Interval], shape: tuple[int, ...]) -> Interval:
+    low, high = mask_ranges(rule, ranges)
+    return np.broadcast_to(low, shape), np.broadcast_to(high, shape)
+
+
+def _add(counts: np.ndarray, queries: np.ndarray, keys: np.ndarray, width: int) -> None:
+    """Whole blocks: every query of the block sees every key of the other."""
+    tokens = len(counts)
+    steps = np.zeros(tokens + 1, dtype=np.int64)
+    seen = np.minimum((keys + 1) * width, tokens) - keys * width
+    np.add.at(steps, queries * width, seen)
+    np.add.at(steps, np.minimum((queries + 1) * width, tokens), -seen)
+    counts += np.cumsum(steps[:-1])
+
+
+def _add_elements(
+    counts: np.ndarray, rule: str, pyramids: list[_Operand], queries: np.ndarray, keys: np.ndarray
+) -> None:
+    shape = (len(queries), LEAF, LEAF)
+    _, high = _bounds(rule, [each.elements(queries, keys) for each in pyramids], shape)
+    held = keys[:, None] * LEAF + np.arange(LEAF) < len(counts)
+    seen = ((high > 0) & held[:, None, :]).sum(axis=2)
+    rows = queries[:, None] * LEAF + np.arange(LEAF)
+    inside = rows < len(counts)
+    np.add.at(counts, rows[inside], seen[inside])
+
+
+
+def attention_rows(masks: Masks, inputs: Mapping[str, Any], tokens: int) -> np.ndarray:
+    """Query-key pairs of each token over all layers and sequences of the batch, int64 ``[tokens]``."""
+    total = np.zeros(tokens, dtype=np.int64)
+    for kind, operands in zip(masks.kinds, masks.evaluate(inputs), strict=True):
+        batch = max([1, *(each.shape[0] for each in operands if each is not None and each.dim() == 4)])
+        for i in range(batch):
+            own = [each[i : i + 1] if each is not None and each.dim() == 4 and each.shape[0] > 1 else each
+                   for each in operands]  # fmt: skip
+            total += kind.layers * keys_per_query(kind.rule, own, tokens)
+    return total
