@@ -152,7 +152,7 @@ class _Mixers:
         if node.op == "placeholder":
             if node.name in self.program.token_inputs:
                 self.from_tokens.add(node)
-                if node.meta["val"].is_floating_point():
+                if _is_float(node):
                     self.activations.add(node)
             return None
         if node.op != "call_function":
@@ -164,23 +164,19 @@ class _Mixers:
             reason = self._mixes(node, inputs)
         elif inputs & self.from_tokens:
             self.from_tokens.add(node)
-            if is_tensor(node) and node.meta["val"].is_floating_point():
+            if _is_float(node):
                 self.activations.add(node)
         elif inputs & self.places or self._numbers_rows(node):
             self.places.add(node)
         return reason
 
     def _mixes(self, node: fx.Node, inputs: set[fx.Node]) -> str | None:
-        value = node.meta.get("val")
-        floats = isinstance(value, (tuple, list)) or (is_tensor(node) and value.is_floating_point())
-        if not floats or node.target is torch.ops.sp_compile.attention.default:
+        if not _is_float(node) or node.target is torch.ops.sp_compile.attention.default:
             return None
         if "fallback" in node.meta:
-            routed = op_name(node) in ROW_MOVES and any(
-                is_tensor(each) and not each.meta["val"].is_floating_point() for each in inputs & self.activations
-            )
+            routed = op_name(node) in ROW_MOVES and not all(_is_float(each) for each in inputs & self.activations)
             return None if routed else f"computes over the tokens of the whole row: {node.meta['fallback']}"
-        if any(is_tensor(each) and each.meta["val"].is_floating_point() for each in inputs & self.places):
+        if any(_is_float(each) for each in inputs & self.places):
             return "takes the place of a token in the row, not its position_ids"
         if isinstance(placement(node), Shard) and any(self._is_of_single_tokens(each) for each in inputs):
             return "brings single tokens to all others"
@@ -193,7 +189,11 @@ class _Mixers:
         return not any(is_tensor(each) and token_dims(each, self.program.tokens) for each in node.all_input_nodes)
 
     def _is_of_single_tokens(self, node: fx.Node) -> bool:
-        return node in self.activations and is_tensor(node) and not token_dims(node, self.program.tokens)
+        one = node in self.activations and is_tensor(node) and _is_float(node)
+        return one and not token_dims(node, self.program.tokens)
 
 
-__all__ = ["Isolation", "find_isolation"]
+def _is_float(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    return any(isinstance(each, torch.Tensor) and each.is_floating_point() for each in values)

@@ -5,6 +5,7 @@ The captured token length is symbolic, so a program that was captured once runs 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from unittest import mock
@@ -25,6 +26,7 @@ from sp_compile.symbols import is_tensor
 aten = torch.ops.aten
 c10d = torch.ops._c10d_functional
 LENGTHS = (5, 3, 1, 2)
+SHAPED = ("reshape", "expand", "zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty")
 
 
 class _Captured(SPCompileError):
@@ -47,6 +49,20 @@ def embeds(width: int = 8, lengths: Sequence[int] = LENGTHS, seed: int = 0) -> d
     """One packed row of random embeddings."""
     generator = torch.Generator().manual_seed(seed)
     return {"inputs_embeds": torch.randn(1, sum(lengths), width, generator=generator)}
+
+
+def qkv(x: torch.Tensor, heads: int = 4, kv_heads: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, keys and values ``[1, heads, T, 4]`` cut out of embeddings of width ``4 * (heads + 2 * kv_heads)``."""
+    ends = (0, heads, heads + kv_heads, heads + 2 * kv_heads)
+    parts = [x[..., 4 * start : 4 * end] for start, end in itertools.pairwise(ends)]
+    q, k, v = (part.unflatten(-1, (-1, 4)).transpose(1, 2) for part in parts)
+    return q, k, v
+
+
+def repeated(x: torch.Tensor, times: int = 2) -> torch.Tensor:
+    """Keys or values repeated for grouped queries, as transformers does."""
+    batch, heads, tokens, width = x.shape
+    return x[:, :, None].expand(batch, heads, times, tokens, width).reshape(batch, heads * times, tokens, width)
 
 
 def packed(width: int = 8, lengths: Sequence[int] = LENGTHS, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -119,11 +135,6 @@ def placed(program: Program, op: str) -> list[str]:
     return [describe(placement(node)) for node in calls(program, op)]
 
 
-def replace_input(node: fx.Node, old: fx.Node, new: fx.Node) -> None:
-    """Let one node read another input."""
-    node.replace_input_with(old, new)
-
-
 def run_whole(program: Program, inputs: Mapping[str, torch.Tensor]) -> dict[fx.Node, Any]:
     """What each node of the global view computes."""
     values: dict[fx.Node, Any] = {}
@@ -157,7 +168,9 @@ def _input(program: Program, node: fx.Node, inputs: Mapping[str, torch.Tensor], 
     }
     if "index_input" in node.meta:
         return index_inputs[node.meta["index_input"]]
-    return {"tokens": layout.tokens, **program.weights, **inputs}[node.name]  # type: ignore[attr-defined]
+    if isinstance(node.meta["val"], torch.SymInt):
+        return layout.tokens
+    return {**program.weights, **inputs}[node.name]  # type: ignore[attr-defined]
 
 
 class Ranks:
@@ -208,8 +221,7 @@ class Ranks:
         held = placement(node)
         at = next((i for i, each in enumerate(args) if isinstance(each, (list, tuple)) and all(
             isinstance(size, int) for size in each)), None)  # fmt: skip
-        shaped = ("reshape", "expand", "zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty")
-        if at is None or not isinstance(held, Shard) or op_name(node).removeprefix("aten.") not in shaped:
+        if at is None or not isinstance(held, Shard) or op_name(node).removeprefix("aten.") not in SHAPED:
             return args
         shape = list(args[at])
         shape[held.dim] = held.outer * held.inner * self.layout.shard_length

@@ -1,0 +1,85 @@
+"""Queries stay on their rank; keys, values and what masks them come in the order in which ranks stack."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from sp_compile.errors import ConfigError
+from sp_compile.layout import token_layout
+from sp_compile.pipeline import build_pipeline
+from sp_compile.placements import describe
+from sp_compile.program import placement
+from tests.passes.graphs import LENGTHS, after, call, calls, check_placements, embeds, packed, placed, qkv, repeated
+
+
+def attention(x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    q, k, v = qkv(x)
+    return F.scaled_dot_product_attention(q, repeated(k), repeated(v), mask)
+
+
+def causal(self: Any, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+    queries, keys = position_ids[:, None, :, None], position_ids[:, None, None, :]
+    return attention(inputs_embeds, keys <= queries)
+
+
+def unlifted(self: Any, inputs_embeds: torch.Tensor) -> torch.Tensor:
+    scores = inputs_embeds @ inputs_embeds.transpose(1, 2)
+    return attention(inputs_embeds, scores.cumsum(-1)[:, None] > 0)
+
+
+def test_keys_values_and_masks_of_keys_are_gathered_in_padded_order_and_queries_stay():
+    program = after("shard_attention", causal, packed(32))
+    q, k, v, operands, *_, valid = call(program, "sp_compile.attention").args
+    assert [describe(placement(each)) for each in (q, k, v)] == ["Shard(2)", "Gathered(2)", "Gathered(2)"]
+    assert sorted(describe(placement(each)) for each in operands) == ["Gathered(3)", "Shard(2)"]
+    assert [k.meta["val"].shape[1], v.meta["val"].shape[1]] == [2, 2]  # not repeated
+    assert valid.meta["index_input"] == "gathered_valid"
+    assert placed(program, "sp_compile.attention") == ["(Shard(2), Shard(2))"]
+    assert program.fallbacks == []
+
+
+def test_gathers_to_normal_order_are_dropped():
+    before = placed(after("propagate_placements", causal, packed(32)), "redistribute")
+    found = placed(after("shard_attention", causal, packed(32)), "redistribute")
+    assert (before.count("Replicate"), found.count("Replicate")) == (2, 0)
+    assert sorted(set(found)) == ["Gathered(2)", "Gathered(3)", "Shard(1)"]
+
+
+def test_a_mask_that_was_not_lifted_is_cut_along_queries_and_reordered_along_keys():
+    program = after("shard_attention", unlifted, embeds(32))
+    (mask,) = call(program, "sp_compile.attention").args[3]
+    assert describe(placement(mask)) == "QueriesByKeys(2, 3)"
+    assert describe(placement(mask.args[0])) == "Shard(2)"
+
+
+def test_attentions_with_the_same_mask_share_its_reordered_operands():
+    def twice(self: Any, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        mask = position_ids[:, None, None, :] <= position_ids[:, None, :, None]
+        return attention(inputs_embeds, mask) + attention(2 * inputs_embeds, mask)
+
+    first, second = calls(after("shard_attention", twice, packed(32)), "sp_compile.attention")
+    assert first.args[3] == second.args[3]
+    assert first.args[1] is not second.args[1]
+
+
+@pytest.mark.parametrize(("forward", "inputs"), [(causal, packed), (unlifted, embeds)], ids=["lifted", "not lifted"])
+def test_every_rank_computes_its_rows_of_the_attention(forward: Any, inputs: Any):
+    program = after("plan_attention", forward, inputs(32))
+    for lengths, sp, scheme in ((LENGTHS, 2, "zigzag"), ((4, 9), 3, "contiguous"), ((1, 2), 4, "zigzag")):
+        layout = token_layout(lengths, sp, scheme, min_shard_length=2)
+        assert check_placements(program, inputs(32, lengths), layout) > 10
+
+
+def test_one_rank_keeps_its_keys():
+    program = after("shard_attention", causal, packed(32), sp=1)
+    assert calls(program, "redistribute") == []
+    assert call(program, "sp_compile.attention").args[-1] is None
+
+
+def test_an_unknown_strategy_is_refused_with_the_nearest():
+    with pytest.raises(ConfigError, match=r"unknown attention strategy 'allgather'; did you mean 'allgather_kv'\?"):
+        build_pipeline(attention="allgather")
