@@ -147,11 +147,14 @@ def _padded(values: np.ndarray, multiple: int, fill: float) -> np.ndarray:
     return np.pad(values, (0, -len(values) % multiple), constant_values=fill)
 
 
-def keys_per_query(rule: str, operands: Sequence[torch.Tensor | None], tokens: int) -> np.ndarray:
+def keys_per_query(
+    rule: str, operands: Sequence[torch.Tensor | None], tokens: int, coarsest: int = LEAF
+) -> np.ndarray:
     """How many keys each query may attend to, int64 ``[tokens]``; over batch and heads, those that any lets it see.
 
     Pairs of blocks are refined until the rule's bounds decide them (a quadtree), so time and memory grow with the edge
-    of the mask. Where an operand is not known the count is an upper bound.
+    of the mask. Where an operand is not known the count is an upper bound, and such blocks of no more than ``coarsest``
+    tokens are counted whole.
     """
     counts = np.zeros(tokens, dtype=np.int64)
     if not assigns(rule, "mask"):
@@ -163,7 +166,7 @@ def keys_per_query(rule: str, operands: Sequence[torch.Tensor | None], tokens: i
     for level in range(levels, -1, -1):
         low, high = _bounds(rule, [each.blocks(level, queries, keys) for each in pyramids], queries.shape)
         width = LEAF << level
-        coarse = vague and width <= max(LEAF, tokens // 512)
+        coarse = vague and LEAF < width <= coarsest
         full = (high > 0) & ((low == 1) | coarse)
         _add(counts, queries[full], keys[full], width)
         open_pairs = (high > 0) & ~full
@@ -214,5 +217,5 @@ def attention_rows(masks: Masks, inputs: Mapping[str, Any], tokens: int) -> np.n
         for i in range(batch):
             own = [each[i : i + 1] if each is not None and each.dim() == 4 and each.shape[0] > 1 else each
                    for each in operands]  # fmt: skip
-            total += kind.layers * keys_per_query(kind.rule, own, tokens)
+            total += kind.layers * keys_per_query(kind.rule, own, tokens, coarsest=tokens // 256)
     return total
