@@ -80,6 +80,9 @@ class _Plan:
                 self.placed[node] = source[node.args[1]] if isinstance(source, tuple) else source
             elif node.op == "call_function":
                 self._place(node)
+            elif node.op == "output":
+                for each in filter(is_tensor, node.all_input_nodes):
+                    self._check_leak(self.placed[each], REPLICATE)
             if self.leak is not None:
                 return
 
@@ -183,7 +186,8 @@ class _Plan:
     def _record_fallbacks(self) -> None:
         counts: Counter[tuple[str, str, str]] = Counter()
         moved: Counter[tuple[str, str, str]] = Counter()
-        for node, reason in self.reasons.items():
+        for node, found in self.reasons.items():
+            reason = found.replace(str(self.program.tokens), "T")
             node.meta["fallback"] = reason
             key = (op_name(node), source_line(node), reason)
             counts[key] += 1

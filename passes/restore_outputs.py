@@ -19,10 +19,9 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from sp_compile.errors import UnsupportedModelError
 from sp_compile.invariants import PLACED, RESTORED
 from sp_compile.pipeline import Pass
-from sp_compile.placements import REPLICATE, Shard, describe
+from sp_compile.placements import REPLICATE, Shard
 from sp_compile.program import Program, insert_redistribute, placement
 from sp_compile.symbols import is_tensor
 
@@ -42,10 +41,6 @@ class RestoreOutputs(Pass):
         for node in output.all_input_nodes:
             if not is_tensor(node) or placement(node) == REPLICATE:
                 continue
-            if program.outputs == "full":
+            if program.outputs == "full" or not isinstance(placement(node), Shard):
                 restored[node] = insert_redistribute(program, node, REPLICATE, output)
-            elif not isinstance(placement(node), Shard) or placement(node).order:
-                raise UnsupportedModelError(
-                    f'output %{node.name} is {describe(placement(node))} and cannot stay sharded; pass outputs="full"'
-                )
         output.args = fx.map_arg(output.args, lambda each: restored.get(each, each))

@@ -14,7 +14,7 @@ from torch.fx import traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from sp_compile.errors import CaptureError
-from sp_compile.program import Program
+from sp_compile.program import Fallback, Program
 from sp_compile.vmap import without_vmap
 
 TOKEN_INPUTS = ("input_ids", "inputs_embeds")
@@ -53,7 +53,11 @@ def capture(gm: fx.GraphModule, sp: int, group_name: str, outputs: str) -> Progr
         node.target = node.name
     _refuse_writes(traced)
     token_inputs, tokens = _find_tokens(traced)
-    return Program(traced, tokens, sp, group_name, token_inputs, outputs)
+    program = Program(traced, tokens, sp, group_name, token_inputs, outputs)
+    if tokens is None and sp > 1 and not _has_one_token(traced):
+        reason = "the model fixes the token length, so every rank computes all tokens"
+        program.fallbacks.append(Fallback("the whole graph", 1, 0, "", reason))
+    return program
 
 
 def _source(node: fx.Node) -> str:
@@ -130,6 +134,11 @@ def _refuse_writes(gm: fx.GraphModule) -> None:
                 f"the model writes in place with {node.target} and the write cannot be made functional; "
                 f"use the out-of-place op. {' '.join(line)}"
             )
+
+
+def _has_one_token(gm: fx.GraphModule) -> bool:
+    named = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder") if node.name in TOKEN_INPUTS]
+    return any(value.shape[1] == 1 for value in named if value.dim() > 1)
 
 
 def _find_tokens(gm: fx.GraphModule) -> tuple[dict[str, int], sympy.Symbol | None]:

@@ -68,7 +68,7 @@ class EagerAttention:
         scores, sink = self._without_sink(softmax)
         weights = self._weights(softmax, sink is not None)
         values = self._value_product(weights)
-        self._anchor_at(min([softmax, *self._lse_users(scores)]), values, sink)
+        self._anchor_at(min([values, *self._lse_users(scores)]), values, sink)
         self._find_heads(scores)
         inner = self._peel(scores)
         score, scale = self._change(inner)

@@ -13,7 +13,7 @@ from sp_compile import ops
 from sp_compile.placements import REPLICATE, Gathered, Placement, Replicate, Shard, describe
 from sp_compile.program import Program, op_name, placement, uncut_tokens
 from sp_compile.rules import Call, NoRule, apply
-from sp_compile.symbols import expr, is_tensor
+from sp_compile.symbols import expr, is_tensor, shape_of
 
 
 class Violation(Exception):
@@ -62,6 +62,17 @@ def _tokens_sharded(program: Program) -> None:
 def _placed(program: Program) -> None:
     if program.tokens is None or not program.parallel:
         return
+    _by_the_rules(program)
+    for node in program.graph.nodes:
+        found = placement(node)
+        if isinstance(found, Shard) and is_tensor(node):
+            sizes, rows = shape_of(node), found.outer * found.inner
+            if found.dim >= len(sizes) or sizes[found.dim] != rows * program.tokens:
+                raise Violation(node, f"{rows} x tokens along dim {found.dim}", f"shape {list(sizes)}")
+
+
+def _by_the_rules(program: Program) -> None:
+    assert program.tokens is not None
     for node in program.graph.nodes:
         if node.op != "call_function" or node.target is ops.redistribute:
             continue

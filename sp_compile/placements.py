@@ -87,4 +87,6 @@ def describe(placement: Placement | tuple[Placement, ...] | None) -> str:
         return "?"
     if isinstance(placement, tuple):
         return "(" + ", ".join(describe(each) for each in placement) + ")"
+    if isinstance(placement, Partial):
+        return f"Partial({placement.reduce_op})"
     return "Replicate" if isinstance(placement, Replicate) else str(placement)

@@ -38,7 +38,7 @@ class Case:
     """A function of ``x`` ``[1, T, 8]`` and weights ``w``, ``b``; the op in question and its result's placement.
 
     ``overload``, where only that one has a row; ``functional=False`` keeps composite ops as the model wrote them;
-    ``random`` values are not compared; ``broken`` says what is known to be wrong.
+    ``random`` values are not compared.
     """
 
     op: str
@@ -47,7 +47,6 @@ class Case:
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
     functional: bool = True
     random: bool = False
-    broken: str = ""
     overload: str = ""
 
     def program(self, **config: Any) -> Any:
@@ -228,7 +227,6 @@ OVER_DIMS = [
         "aten.diff",
         ROWS,
         lambda x: torch.diff(x, dim=-1, prepend=x[..., :1]),
-        broken="prepend is not cut with the rows",
     ),
     Case("aten.linalg_vector_norm", ROWS, lambda x: torch.linalg.vector_norm(x, dim=-1)),
     Case("aten.norm", ROWS, lambda x: aten.norm.ScalarOpt_dim(x, 2, [-1])),
@@ -255,7 +253,6 @@ LOOK_UPS = [
         "Shard(2)",
         lambda x, w: heads(x).transpose(1, 2)[:, w.argsort(), :, w.argsort()],
         w(2),
-        broken="indices apart from each other bring their dims to the front",
     ),
     Case("aten.index_select", ROWS, lambda x, w: torch.index_select(x, 2, w.argsort()), w(5)),
     Case("aten.index", ROWS, lambda x, w: x[..., w > 0], w(8)),
@@ -282,8 +279,7 @@ def parameters(cases: list[Case]) -> list[Any]:
     found, count = [], Counter()
     for each in cases:
         count[each.op] += 1
-        marks = [pytest.mark.xfail(strict=True, reason=each.broken)] if each.broken else []
-        found.append(pytest.param(each, id=f"{each.op.removeprefix('aten.')}-{count[each.op]}", marks=marks))
+        found.append(pytest.param(each, id=f"{each.op.removeprefix('aten.')}-{count[each.op]}"))
     return found
 
 
@@ -311,8 +307,7 @@ GATHERED = [
     Case("aten.cat", "concatenates along the token dim", lambda x: torch.cat([x, 2 * x], 1)),
     Case("aten.repeat", "a symbolic number of times", lambda x: x.repeat(1, x.shape[1], 1)),
     Case("aten.repeat_interleave", "flattens the token dim", lambda x: x.repeat_interleave(2)),
-    Case("aten.repeat_interleave", "a symbolic number", lambda x: x.repeat_interleave(x.shape[1], 1),
-         broken="crashes on a symbolic number of repeats"),
+    Case("aten.repeat_interleave", "a symbolic number", lambda x: x.repeat_interleave(x.shape[1], 1)),
     Case("aten.constant_pad_nd", "pads the token dim", lambda x: F.pad(x, (0, 0, 1, 0))),
     Case("aten.slice_scatter", "writes over part of the token dim",
          lambda x, w: aten.slice_scatter.default(x, w, 1, 0, 2), w(1, 2, 8)),
@@ -398,15 +393,7 @@ LEAKS = {
 }
 
 
-OUTPUT_LEAKS = ("sorted rows are returned", "the order itself is returned", "rows per expert are returned")
-LEAK_CASES = [
-    pytest.param(forward, id=name, marks=[pytest.mark.xfail(strict=True, reason="outputs are not looked at for leaks")]
-                 if name in OUTPUT_LEAKS else [])
-    for name, forward in LEAKS.items()
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("forward", LEAK_CASES)
+@pytest.mark.parametrize("forward", LEAKS.values(), ids=LEAKS.keys())
 def test_rows_are_not_sorted_by_expert_on_a_rank_where_that_could_be_seen(forward: Callable[..., Any]):
     program = after("propagate_placements", lambda self, inputs_embeds: forward(inputs_embeds))
     assert any(each.op in ("aten.sort", "aten.argsort") for each in program.fallbacks)

@@ -63,8 +63,9 @@ RULES: dict[str, Rule] = _table(
         # over whole dims
         reductions.along_dims: "aten::sum aten::mean aten::amax aten::amin aten::max aten::min aten::prod aten::any "
         "aten::all aten::argmax aten::argmin aten::var aten::std aten::logsumexp aten::softmax aten::_softmax "
-        "aten::log_softmax aten::_log_softmax aten::topk aten::cumprod aten::flip aten::roll aten::diff "
+        "aten::log_softmax aten::_log_softmax aten::topk aten::cumprod aten::flip aten::roll "
         "aten::linalg_vector_norm aten::norm aten::median aten::kthvalue aten::glu",
+        reductions.diff: "aten::diff",
         reductions.last_dims: "aten::layer_norm aten::native_layer_norm aten::rms_norm aten::_fused_rms_norm",
         # look-ups
         indexing.embedding: "aten::embedding",

@@ -40,7 +40,7 @@ def sdpa(call: Call) -> Outcome:
     for each in call.node.args[:3]:
         assert isinstance(each, fx.Node)
         if rank_of(each) - placement.dim <= 2 or shape_of(each)[placement.dim] != shape_of(tensors[0])[placement.dim]:
-            raise NoRule("attention over the token dim that was not raised")
+            raise NoRule(f"attention over the token dim that was not raised: {call.node.meta.get('not_raised')}")
     needs: dict[fx.Node, Placement] = {
         each: placement.at(placement.dim) for each in call.node.args[:3] if isinstance(each, fx.Node)
     }

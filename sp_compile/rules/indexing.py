@@ -27,7 +27,8 @@ def index(call: Call) -> Outcome:
     tensors = [indices[dim] for dim in used]
     if any(_is_mask(each) and rank_of(each) != 1 for each in tensors):
         raise NoRule("indexes by a mask of several dims")
-    start = used[0] if used == list(range(used[0], used[-1] + 1)) else 0
+    adjacent = used == list(range(used[0], used[-1] + 1))  # otherwise the indices' dims come first
+    start = used[0] if adjacent else 0
     width = max(rank_of(each) for each in tensors)
     table = call.shard(source)
     if any(_is_mask(each) and call.shard(each) is not None for each in tensors) or (
@@ -42,7 +43,7 @@ def index(call: Call) -> Outcome:
         return Outcome(placement.at(placement.dim + start), {**needs, source: REPLICATE})
     if table.dim not in used:
         before = sum(dim < table.dim for dim in used)
-        moved = table.dim - before + (width if start <= table.dim and (start or used[0] == 0) else 0)
+        moved = table.dim - before + (width if not adjacent or table.dim > start else 0)
         return Outcome(table.at(moved), dict.fromkeys(tensors, REPLICATE))
     chosen = call.shard(indices[table.dim])
     if chosen is None:
@@ -64,8 +65,10 @@ def index_put(call: Call) -> Outcome:
     used = [dim for dim, each in enumerate(indices) if each is not None]  # type: ignore[arg-type,union-attr]
     placement = call.first_shard()
     (dim, *others), index = used, indices[used[0]]  # type: ignore[index]
-    if others or rank_of(index) != 1 or rank_of(values) != rank_of(into):  # type: ignore[arg-type]
+    if others or rank_of(index) != 1:  # type: ignore[arg-type]
         raise NoRule("overwrites elements of several dims")
+    if rank_of(values) != rank_of(into):  # type: ignore[arg-type]
+        raise NoRule("the values broadcast")
     if placement.dim == dim or call.shard(index) is not None:
         raise NoRule("overwrites tokens")
     target = placement.at(placement.dim)

@@ -26,6 +26,14 @@ def along_dims(call: Call) -> Outcome:
     return Outcome((output,) * len(value) if isinstance(value, (tuple, list)) else output, needs)
 
 
+def diff(call: Call) -> Outcome:
+    """Differences along a dim; what is put before and after is cut like the rows."""
+    outcome, values = along_dims(call), call.arguments()
+    placement = only_input(call, values["self"])
+    ends = {each: placement.at(placement.dim) for each in (values["prepend"], values["append"]) if each is not None}
+    return Outcome(outcome.output, {**outcome.inputs, **ends})
+
+
 def last_dims(call: Call) -> Outcome:
     """Norms over the last dims, as many as ``normalized_shape`` has."""
     values = call.arguments()

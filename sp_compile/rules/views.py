@@ -206,6 +206,8 @@ def repeat_interleave(call: Call) -> Outcome:
     placement = only_input(call, source)
     if dim is None:
         raise NoRule("flattens the token dim")
+    if not isinstance(values["repeats"], int):
+        raise NoRule("repeats a symbolic number of times")
     if dim % rank_of(source) != placement.dim:
         return Outcome(placement.at(placement.dim))
     return Outcome(Shard(placement.dim, placement.outer, placement.inner * values["repeats"], placement.order))

@@ -254,7 +254,6 @@ def test_a_softmax_over_features_is_not_taken_for_attention():
     assert (ops_of(program), program.fallbacks) == (["aten.mul", "aten.softmax"], [])
 
 
-@pytest.mark.xfail(strict=True, reason="attention is inserted at the softmax, though the values may come after it")
 def test_values_may_be_computed_after_the_softmax():
     def forward(self: Any, inputs_embeds: torch.Tensor) -> torch.Tensor:
         q, k, v = qkv(inputs_embeds)

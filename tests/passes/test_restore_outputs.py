@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 
-from sp_compile.errors import UnsupportedModelError
 from sp_compile.layout import token_layout
-from sp_compile.placements import describe
+from sp_compile.placements import REPLICATE, describe
 from sp_compile.program import placement
 from tests.passes.graphs import LENGTHS, Ranks, after, call, embeds, placed
 
@@ -48,18 +46,23 @@ def test_outputs_that_are_whole_already_are_not_touched():
     assert call(program, "aten.sum") in program.graph.output_node().args[0]
 
 
-def test_rows_in_a_ranks_own_order_cannot_stay_sharded():
+def test_rows_in_a_ranks_own_order_do_not_stay_sharded():
     def sorted_rows(self: Any, inputs_embeds: torch.Tensor) -> torch.Tensor:
         return inputs_embeds[0][inputs_embeds[0].argmax(-1).argsort()]
 
-    with pytest.raises(UnsupportedModelError, match=r'output %index is Shard\(0 by \w+\).*; pass outputs="full"'):
-        after("restore_outputs", sorted_rows, outputs="sharded")
+    program = after("restore_outputs", sorted_rows, outputs="sharded")
+    assert placement(program.graph.output_node().args[0][0]) == REPLICATE
+    assert "its order of rows is not undone" in [each.reason for each in program.fallbacks]
 
 
-@pytest.mark.xfail(strict=True, reason="only the order of rows is looked at, not what integers number")
-def test_row_numbers_of_one_rank_cannot_stay_sharded():
+def test_row_numbers_of_one_rank_do_not_stay_sharded():
     def ranking(self: Any, inputs_embeds: torch.Tensor) -> torch.Tensor:
         return inputs_embeds[0].argmax(-1).argsort().argsort()
 
-    with pytest.raises(UnsupportedModelError):
-        after("restore_outputs", ranking, outputs="sharded")
+    program = after("restore_outputs", ranking, outputs="sharded")
+    assert placement(program.graph.output_node().args[0][0]) == REPLICATE
+
+
+def test_chosen_rows_are_summed_though_outputs_stay_sharded():
+    program = after("restore_outputs", lambda self, inputs_embeds: (2 * inputs_embeds)[:, -1:], outputs="sharded")
+    assert placement(program.graph.output_node().args[0][0]) == REPLICATE
