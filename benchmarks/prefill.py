@@ -8,6 +8,7 @@ machine does besides hits all alike. Medians of all rounds, and their ratios, ar
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -208,7 +209,7 @@ def layout_seconds() -> float:
     """``TokenLayout`` of 1,000,000 tokens in 10,000 requests over 64 ranks."""
     cuts = torch.sort(torch.randperm(999_999, generator=torch.Generator().manual_seed(0))[:9_999] + 1).values
     edges = [0, *cuts.tolist(), 1_000_000]
-    lengths = tuple(b - a for a, b in zip(edges, edges[1:], strict=False))
+    lengths = tuple(b - a for a, b in itertools.pairwise(edges))
     found = []
     for _ in range(7):
         start = time.perf_counter()
@@ -250,7 +251,9 @@ def start_seconds() -> tuple[float, float]:
         environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
         found = []
         for _ in range(2):
-            run = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
+            run = subprocess.run(
+                [sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True
+            )
             found.append(float(run.stdout.split()[-1]))
     return found[0], found[1]
 

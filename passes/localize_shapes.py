@@ -27,6 +27,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
+from sp_compile.compat import hint_of_symbol
 from sp_compile.invariants import LOCAL, LOWERED
 from sp_compile.pipeline import Pass
 from sp_compile.placements import Shard
@@ -100,7 +101,7 @@ class _Shapes:
         with self.mode, enable_python_dispatcher():
             interpreter.run(*inputs)
 
-    def symbol(self, name: str, hint: int) -> torch.SymInt:
+    def symbol(self, name: str, hint: int) -> Any:
         """A size that compiled code may not depend on."""
         from torch._dynamo.source import ConstantSource
 
@@ -131,8 +132,7 @@ class _Shapes:
         values = {}
         for symbol in known.free_symbols:
             if symbol not in self.lengths:
-                hint = int(size.node.shape_env.backed_var_to_val[symbol]) if hasattr(
-                    size.node.shape_env, "backed_var_to_val") else int(size.node.shape_env.var_to_val[symbol])  # fmt: skip
+                hint = hint_of_symbol(size, symbol)
                 name = "tokens" if symbol == self.program.tokens else str(symbol)
                 self.lengths[symbol] = self.symbol(name, hint)
             values[symbol] = self.lengths[symbol]

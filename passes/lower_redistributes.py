@@ -146,11 +146,15 @@ def _select_rows(build: _Builder, node: fx.Node) -> fx.Node:
     if not isinstance(placement(source), Shard):
         return build.call(aten.index_select.default, source, dim, rows)
     tokens = build.program.length_input()
-    positive = build.call(aten.add.Tensor, rows, build.call(aten.mul.Tensor, build.call(aten.lt.Scalar, rows, 0), tokens))
+    positive = build.call(
+        aten.add.Tensor, rows, build.call(aten.mul.Tensor, build.call(aten.lt.Scalar, rows, 0), tokens)
+    )
     padded = build.call(aten.index_select.default, build.index("restore_index"), 0, positive)
     length = build.call(aten.sym_size.int, build.index("local_index"), 0)
     own = build.call(aten.sub.Tensor, padded, build.call(aten.mul.Tensor, build.index("rank"), length))
-    held = build.call(aten.logical_and.default, build.call(aten.ge.Scalar, own, 0), build.call(aten.lt.Scalar, own, length))
+    held = build.call(
+        aten.logical_and.default, build.call(aten.ge.Scalar, own, 0), build.call(aten.lt.Scalar, own, length)
+    )
     safe = build.call(aten.mul.Tensor, own, held)
     found = build.call(aten.index_select.default, source, dim, safe)
     trailing = len(shape_of(source)) - dim - 1

@@ -96,7 +96,7 @@ class MinimizeCommunication(Pass):
             parts = _call(graph, aten.split_with_sizes.default, (gathered, widths, 1), (Gathered(0),) * 2)
             for i, (each, source) in enumerate(zip(gathers, sources, strict=True)):
                 part = _call(graph, getitem, (parts, i), Gathered(0))
-                batch, heads, length, width = source.meta["val"].shape
+                batch, heads, _, width = source.meta["val"].shape
                 shape = _call(graph, aten.unflatten.int, (part, 1, [batch, heads, width]), Gathered(0))
                 back = _call(graph, aten.permute.default, (shape, [1, 2, 0, 3]), Gathered(2))
                 back.meta["stack_trace"] = each.meta.get("stack_trace")

@@ -132,7 +132,7 @@ def _to_full(program: Program, node: fx.Node) -> None:
     value, length = node.meta["val"], program.length_input()
     fill: Any = node.args[1] if _FILLS[node.target] is None else _FILLS[node.target]
     sizes = [length if size == program.tokens else size for size in shape_of(node)]
-    if any(each is None or isinstance(each, sympy.Expr) and not each.is_Integer for each in sizes):
+    if any(each is None or (isinstance(each, sympy.Expr) and not each.is_Integer) for each in sizes):
         return
     shape = [int(each) if isinstance(each, sympy.Expr) else each for each in sizes]
     node.target, node.args = aten.full.default, (shape, fill)

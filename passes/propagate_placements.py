@@ -88,7 +88,9 @@ class _Plan:
 
     def _place(self, node: fx.Node) -> None:
         inputs = {each: self.placed[each] for each in node.all_input_nodes if is_tensor(each)}
-        summed: dict[fx.Node, Placement] = {each: REPLICATE for each, held in inputs.items() if isinstance(held, Partial)}
+        summed: dict[fx.Node, Placement] = {
+            each: REPLICATE for each, held in inputs.items() if isinstance(held, Partial)
+        }
         inputs |= summed
         replicated = all(isinstance(each, Replicate) for each in inputs.values())
         seeds = self.program.parallel and node.target is torch.ops.sp_compile.attention.default
@@ -168,7 +170,7 @@ class _Plan:
         if self.placed[node] == needed:
             return node
         if node.target is ops.redistribute and self.placed[node.args[0]] == needed:
-            return node.args[0]  # type: ignore[return-value]
+            return node.args[0]
         key = (node, repr(needed))
         if key not in made:
             made[key] = insert_redistribute(self.program, node, needed, user)

@@ -64,10 +64,10 @@ class RaiseAttention(Pass):
         if values.get("dropout_p"):
             return f"dropout_p={values['dropout_p']}"
         lifter = _lifter(program, node)
-        mask, empty_mean, value = values.get("attn_mask"), False, None
+        mask: Any = values.get("attn_mask")
+        empty_mean = False
         if values.get("is_causal"):
-            value = lifter.call("le", lifter.rows(of_keys=True), lifter.rows(of_keys=False))
-            lifter.set("mask", value)
+            lifter.set("mask", lifter.call("le", lifter.rows(of_keys=True), lifter.rows(of_keys=False)))
         elif is_tensor(mask) and mask.meta["val"].dtype == torch.bool:
             lifter.set("mask", lifter.lift(mask))
         elif is_tensor(mask):
@@ -101,7 +101,7 @@ def _lifter(program: Program, node: fx.Node) -> Lifter:
     assert length is not None or program.tokens is None
     anchor = node.meta["val"]
     node.meta["anchor"] = anchor[0] if isinstance(anchor, (tuple, list)) else anchor
-    return Lifter(program.graph, program.tokens, length, node)  # type: ignore[arg-type]
+    return Lifter(program.graph, program.tokens, length, node)
 
 
 def _insert(
@@ -140,7 +140,7 @@ def _unrepeat(node: fx.Node) -> fx.Node:
     """Keys or values before their heads were repeated for grouped queries."""
     if node.target is aten.repeat_interleave.self_int:
         source, _, dim = (*node.args, None)[:3]
-        return source if dim in (1, -3) else node  # type: ignore[return-value]
+        return source if dim in (1, -3) else node
     if node.target is not aten.reshape.default:
         return node
     wide: Any = node.args[0]

@@ -3,8 +3,8 @@
 Requires: ``canonical``.
 Establishes: ``tokens_sharded``.
 
-Token ids are whole on every rank at no cost, so integers that follow from them (positions, masks of padding) stay whole:
-the cut is where they become floating-point. Embeddings given as input are cut at once.
+Token ids are whole on every rank at no cost, so integers that follow from them (positions, masks of padding) stay
+whole: the cut is where they become floating-point. Embeddings given as input are cut at once.
 
 Before::
 

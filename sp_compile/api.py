@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from sp_compile import fingerprint, mesh as meshes
+from sp_compile import fingerprint
+from sp_compile import mesh as meshes
 from sp_compile.config import CompileConfig, compile_config
 from sp_compile.errors import UnsupportedModelError
 from sp_compile.report import Report
@@ -151,10 +152,12 @@ def _check_model(model: nn.Module) -> None:
 
 def _model_fields(model: nn.Module, config: CompileConfig) -> dict[str, str]:
     shapes = ";".join(f"{name}{list(each.shape)}{each.dtype}" for name, each in model.named_parameters())
-    settings = getattr(model, "config", None)
+    settings: Any = getattr(model, "config", None)
     return {
         "the model": type(model).__name__,
-        "the model's configuration": fingerprint.digest(settings.to_json_string() if hasattr(settings, "to_json_string") else ""),
+        "the model's configuration": fingerprint.digest(
+            settings.to_json_string() if hasattr(settings, "to_json_string") else ""
+        ),
         "the parameters' shapes": fingerprint.digest(shapes),
         "the pipeline": fingerprint.digest(repr(config.pipeline)),
         **{f"the option {name}": str(value) for name, value in asdict(config).items() if name != "pipeline"},

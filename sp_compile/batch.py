@@ -47,7 +47,7 @@ class PackedBatch(Mapping[str, torch.Tensor]):
                 f"dim {dim} of a tensor of shape {list(output.shape)} has {output.shape[dim]} rows, "
                 f"the batch has {total} tokens; pass an output in normal order with all tokens"
             )
-        return list(output.split(list(self.lengths), dim=dim))
+        return list(torch.split(output, list(self.lengths), dim=dim))
 
 
 def is_packed(tensor: torch.Tensor) -> bool:
@@ -70,14 +70,15 @@ def pack(requests: Sequence[torch.Tensor | Sequence[int]], device: torch.device 
     """
     if len(requests) == 0:
         raise BatchError("the batch holds no request; pass at least one")
-    rows = []
+    rows: list[torch.Tensor] = []
     for i, request in enumerate(requests):
         row = _row(i, request)
         if row.numel() == 0:
             raise BatchError(f"request {i} has length 0; every request needs at least 1 token")
         if row.dim() != 1 or row.is_floating_point() or row.dtype == torch.bool:
             raise BatchError(
-                f"request {i} has shape {list(row.shape)} and dtype {row.dtype}; expected a 1-D row of integer token ids"
+                f"request {i} has shape {list(row.shape)} and dtype {row.dtype}; "
+                "expected a 1-D row of integer token ids"
             )
         rows.append(row.to(device=device or (rows[0] if rows else row).device, dtype=torch.int64))
     lengths = [len(row) for row in rows]

@@ -104,7 +104,7 @@ def _writes_to_functional(gm: fx.GraphModule) -> None:
 
 
 _FRESH = frozenset({"aten::zeros", "aten::ones", "aten::full", "aten::empty", "aten::zeros_like", "aten::linear",
-                    "aten::add", "aten::mul", "aten::sub", "aten::div", "aten::zeros_like", "aten::clone"})  # fmt: skip
+                    "aten::add", "aten::mul", "aten::sub", "aten::div", "aten::clone"})  # fmt: skip
 
 
 def _has_views(node: Any) -> bool:
@@ -138,7 +138,7 @@ def _refuse_writes(gm: fx.GraphModule) -> None:
 
 def _has_one_token(gm: fx.GraphModule) -> bool:
     named = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder") if node.name in TOKEN_INPUTS]
-    return any(value.shape[1] == 1 for value in named if value.dim() > 1)
+    return bool([value for value in named if value.dim() > 1 and value.shape[1] == 1])
 
 
 def _find_tokens(gm: fx.GraphModule) -> tuple[dict[str, int], sympy.Symbol | None]:

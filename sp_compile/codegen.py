@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import sympy
-import torch
 from torch import fx
 from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensor
 
 from sp_compile.compat import compile_graph
 from sp_compile.program import Program
@@ -45,7 +45,7 @@ class LocalProgram:
             run: Callable[..., Any] = program.gm
             guards: list[Any] = []
         else:
-            mode = next(each.fake_mode for each in program.local_inputs if isinstance(each, torch.Tensor))
+            mode = next(each.fake_mode for each in program.local_inputs if isinstance(each, FakeTensor))
             run = compile_graph(_flat(program.gm), program.local_inputs, tracing(TracingContext(mode)))
             guards = _guards(mode.shape_env)
         self._variants.append((guards, symbols, run))

@@ -6,21 +6,26 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
 
-def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], tracing: AbstractContextManager[Any]) -> Callable[..., Any]:
+def compile_graph(
+    gm: fx.GraphModule, inputs: Sequence[Any], tracing: AbstractContextManager[Any]
+) -> Callable[..., Any]:
     """Compile a graph with Inductor for fake inputs, outside of Dynamo."""
     from torch._inductor.compile_fx import compile_fx
 
     with tracing, torch.no_grad():
-        return compile_fx(gm, list(inputs))  # type: ignore[no-any-return]
+        run: Any = compile_fx(gm, list(inputs))
+        return run
 
 
-def hint_of(size: torch.SymInt) -> int:
-    """The example value of a symbolic size."""
-    return int(size.node.hint)
+def hint_of_symbol(size: torch.SymInt, symbol: sympy.Symbol) -> int:
+    """The example value of one symbol of a symbolic size; torch 2.13 renamed where it is kept."""
+    env = size.node.shape_env
+    return int((env.backed_var_to_val if hasattr(env, "backed_var_to_val") else env.var_to_val)[symbol])
 
 
 def group_store(group: Any) -> Any:

@@ -1,8 +1,8 @@
 """Recognising attention written as matmul - softmax - matmul.
 
-From the softmax the scores are peeled backwards: masks and biases that are added, row maxima that are subtracted, a sink
-column that is concatenated, casts and reshapes; what is left between them and the matrix product is the change of the
-score (soft-capping). Forwards the weights must reach one product with the values and nothing else.
+From the softmax the scores are peeled backwards: masks and biases that are added, row maxima that are subtracted, a
+sink column that is concatenated, casts and reshapes; what is left between them and the matrix product is the change of
+the score (soft-capping). Forwards the weights must reach one product with the values and nothing else.
 """
 
 from __future__ import annotations
@@ -96,13 +96,10 @@ class EagerAttention:
             if len(users) != 1:
                 raise NearestMiss(f"the weights %{node.name} are used {len(users)} times")
             (user,) = users
+            same_rows = user.target is aten.reshape.default and shape_of(user)[-2:] == shape_of(node)[-2:]
             if user.target is aten.slice.Tensor and has_sink:
                 has_sink = False
-            elif user.target in (aten._to_copy.default, aten.type_as.default):
-                pass
-            elif user.target is aten.reshape.default and shape_of(user)[-2:] == shape_of(node)[-2:]:
-                pass
-            else:
+            elif not same_rows and user.target not in (aten._to_copy.default, aten.type_as.default):
                 break
             node = user
         if has_sink:
@@ -155,13 +152,13 @@ class EagerAttention:
     # backwards
 
     def _without_sink(self, softmax: fx.Node) -> tuple[fx.Node, fx.Node | None]:
-        scores = self._without_row_maximum(softmax.args[0])  # type: ignore[arg-type]
+        scores = self._without_row_maximum(softmax.args[0])
         if scores.target is not aten.cat.default:
             return scores, None
         parts, dim = (*scores.args, 0)[:2]
-        if len(parts) != 2 or dim not in (-1, len(shape_of(scores)) - 1) or shape_of(parts[1])[-1] != 1:  # type: ignore[arg-type,index]
+        if len(parts) != 2 or dim not in (-1, len(shape_of(scores)) - 1) or shape_of(parts[1])[-1] != 1:
             raise NearestMiss(f"%{scores.name} concatenates scores with something that is not one sink column")
-        return parts[0], parts[1]  # type: ignore[index,return-value]
+        return parts[0], parts[1]
 
     def _without_row_maximum(self, node: fx.Node) -> fx.Node:
         if node.target is aten.sub.Tensor and isinstance(node.args[1], fx.Node):
@@ -170,14 +167,14 @@ class EagerAttention:
                 of = maximum.args[0]
                 whole = maximum if maximum.target is aten.amax.default else of
                 if whole.target in (aten.max.dim, aten.amax.default) and whole.args[0] is source:
-                    return source  # type: ignore[return-value]
+                    return source
         return node
 
     def _find_heads(self, scores: fx.Node) -> None:
         node, shapes = scores, []
         while isinstance(node, fx.Node) and node.target not in _PRODUCTS:
             shapes.append(shape_of(node))
-            node = next((each for each in node.all_input_nodes if self._has_score(each)), None)  # type: ignore[assignment]
+            node = next((each for each in node.all_input_nodes if self._has_score(each)), None)
         if node is None:
             raise NearestMiss(f"no matrix product behind %{scores.name}")
         shapes.append(shape_of(node))
@@ -325,7 +322,7 @@ class EagerAttention:
             if scale != 1.0:
                 raise NearestMiss(f"%{score.name} is scaled after its bias was added")
             self.add_bias(args[0], self._adapt(score))
-            left, right, scale = args[1], args[2], float(alpha)  # type: ignore[arg-type]
+            left, right, scale = args[1], args[2], float(alpha)
         else:
             left, right = args[:2]
         if len(shape_of(left)) != len(shape_of(score)) or len(shape_of(right)) != len(shape_of(score)):
@@ -363,7 +360,7 @@ class EagerAttention:
 
     def _four_dims(self, node: Any, role: str) -> fx.Node:
         if len(shape_of(node)) == 4:
-            return node  # type: ignore[no-any-return]
+            return node
         assert self.heads is not None
         batch, heads = self.heads
         if shape_of(node)[0] != product([batch, heads]):
@@ -378,9 +375,7 @@ class EagerAttention:
             return self._node(aten.unflatten.int, (node, 0, [int(batch), int(heads)]))
 
     def _shape_arguments(self, node: fx.Node) -> list[Any]:
-        return [
-            self.lifter.length if isinstance(size, torch.SymInt) else size for size in node.meta["val"].shape
-        ]
+        return [self.lifter.length if isinstance(size, torch.SymInt) else size for size in node.meta["val"].shape]
 
     def _node(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> fx.Node:
         node = self.graph.call_function(target, args, kwargs)

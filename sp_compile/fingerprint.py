@@ -91,7 +91,9 @@ def naming_failed_ranks(group: Group) -> Iterator[None]:
 
 def _is_of_collective(error: Exception) -> bool:
     text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(word in text for word in ("gloo", "nccl", "connection", "collective"))
+    return isinstance(error, RuntimeError) and any(
+        word in text for word in ("gloo", "nccl", "connection", "collective")
+    )
 
 
 def _roll_call(group: Group, problem: str) -> tuple[list[int], list[tuple[int, str]]]:
@@ -135,7 +137,9 @@ def _content(tensor: torch.Tensor) -> str:
     """A checksum that changes with any element; for floats, of their bits."""
     flat = tensor.detach().reshape(-1)
     if flat.is_floating_point():
-        flat = flat.contiguous().view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
+        flat = flat.contiguous().view(
+            {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
+        )
     weights = torch.arange(1, flat.numel() + 1, device=flat.device)
     return f"checksum {int((flat.to(torch.int64) * weights).sum()):x}"
 

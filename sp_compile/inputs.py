@@ -61,7 +61,9 @@ def check_inputs(named: Mapping[str, torch.Tensor], device: torch.device) -> Non
     length = length_of(tokens)
     positions, mask = named.get("position_ids"), named.get("attention_mask")
     if positions is not None and tokens.dim() > 1 and positions.shape[-1] != length:
-        raise BatchError(f"position_ids have {positions.shape[-1]} positions, {name} has {length} tokens; pass one each")
+        raise BatchError(
+            f"position_ids have {positions.shape[-1]} positions, {name} has {length} tokens; pass one each"
+        )
     if mask is not None and mask.dim() == 2 and tokens.dim() > 1 and mask.shape != tokens.shape[:2]:
         raise BatchError(f"attention_mask has shape {list(mask.shape)}, {name} has {list(tokens.shape[:2])}")
 

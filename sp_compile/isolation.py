@@ -23,7 +23,9 @@ from sp_compile.symbols import is_tensor, token_dims
 
 # Rows that are chosen by what they hold (expert routing) go back to their tokens.
 ROW_MOVES = frozenset({"aten.index", "aten.index_select", "aten.index_add", "aten.gather", "aten.scatter_add"})
-FILLS = frozenset({"aten.full", "aten.zeros", "aten.ones", "aten.empty", "aten.expand", "aten.new_zeros", "aten.new_ones"})
+FILLS = frozenset(
+    {"aten.full", "aten.zeros", "aten.ones", "aten.empty", "aten.expand", "aten.new_zeros", "aten.new_ones"}
+)
 COMPARED = 32  # requests that are compared with themselves alone, and rows of each
 
 
@@ -47,9 +49,9 @@ class Isolation:
         reason = self.mixer or self._mixing_mask(inputs, lengths)
         if reason is not None:
             raise RequestsMixedError(
-                f"packed requests are not kept apart: {reason}. Pass use_cache=False if that was not done, since with a "
-                "cache transformers does not look for packed requests; or run the requests one to a batch, or as rows "
-                "with an attention_mask"
+                f"packed requests are not kept apart: {reason}. Pass use_cache=False if that was not done, since with "
+                "a cache transformers does not look for packed requests; or run the requests one to a batch, or as "
+                "rows with an attention_mask"
             )
 
     def _mixing_mask(self, inputs: Mapping[str, Any], lengths: Sequence[int]) -> str | None:

@@ -239,9 +239,7 @@ def _tile_mask(
     return mask, bias
 
 
-def _score_change(
-    tile: Tile, operands: Sequence[torch.Tensor], rule: str
-) -> Callable[[torch.Tensor], torch.Tensor]:
+def _score_change(tile: Tile, operands: Sequence[torch.Tensor], rule: str) -> Callable[[torch.Tensor], torch.Tensor]:
     cut = tile.cut(operands)
     return lambda score: evaluate(rule, cut, ("score",), score)["score"]
 

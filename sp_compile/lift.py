@@ -1,8 +1,8 @@
 """Lifting: slicing the graph back from a mask (or a chain of scores) to per-token vectors.
 
-A mask ``[B, H, Q, K]`` is computed by pointwise ops over vectors ``[.., Q, 1]`` and ``[.., 1, K]``. The lifter turns those
-ops into a :mod:`score rule <sp_compile.score_rule>` and the vectors into its operands, so that no tensor of all queries
-by all keys is ever built. A subgraph it does not know becomes one operand of that size, and is reported.
+A mask ``[B, H, Q, K]`` is computed by pointwise ops over vectors ``[.., Q, 1]`` and ``[.., 1, K]``. The lifter turns
+those ops into a :mod:`score rule <sp_compile.score_rule>` and the vectors into its operands, so that no tensor of all
+queries by all keys is ever built. A subgraph it does not know becomes one operand of that size, and is reported.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ class Lifter:
         if name == "_to_copy":
             return self._cast(node, adapt)
         if name == "unsqueeze" and self.is_matrix(node.args[0]):
-            return self.lift(node.args[0], unsqueezed(int(node.args[1]), len(shape_of(node)), adapt))  # type: ignore[arg-type]
+            return self.lift(node.args[0], unsqueezed(int(node.args[1]), len(shape_of(node)), adapt))
         if name == "clamp" and not any(isinstance(each, fx.Node) for each in node.args[1:]):
             low, high = arguments.get("min"), arguments.get("max")
             value = self.lift(node.args[0], adapt)
@@ -169,7 +169,7 @@ class Lifter:
 
     def _cast(self, node: fx.Node, adapt: Adapt) -> Any:
         value = self.lift(node.args[0], adapt)
-        before, after = node.args[0].meta["val"].dtype, node.meta["val"].dtype  # type: ignore[union-attr]
+        before, after = node.args[0].meta["val"].dtype, node.meta["val"].dtype
         if not isinstance(value, str):
             return bool(value) if after == torch.bool else float(value) if after.is_floating_point else int(value)
         if after == torch.bool:
@@ -210,7 +210,7 @@ def unsqueezed(dim: int, rank: int, then: Adapt) -> Adapt:
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:
-    schema = node.target._schema  # type: ignore[union-attr]
+    schema = node.target._schema
     named = {arg.name: value for arg, value in zip(schema.arguments, node.args, strict=False)}
     return {**named, **node.kwargs}
 

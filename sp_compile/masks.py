@@ -1,7 +1,8 @@
 """The attention masks of a captured program, evaluated on the host for one batch.
 
-Lifted masks are rules over per-token vectors that follow from the inputs alone (positions, padding), so which query sees
-which key is known without running the model: for attention area, and to tell whether packed requests are kept apart.
+Lifted masks are rules over per-token vectors that follow from the inputs alone (positions, padding), so which query
+sees which key is known without running the model: for attention area, and to tell whether packed requests are kept
+apart.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def _slice(
         if node not in needed:
             needed.add(node)
             stack.extend(node.all_input_nodes)
-    graph, copies = fx.Graph(), {}
+    graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     for node in program.graph.nodes:
         if node in needed:
             copies[node] = graph.node_copy(node, copies.__getitem__)
@@ -134,9 +135,9 @@ class _Operand:
             return UNKNOWN
         rows, columns = (each[:, None] * LEAF + np.arange(LEAF) for each in (queries, keys))
         if all(self.axes):
-            at = np.minimum(rows, self.matrix[0].shape[0] - 1)[:, :, None], np.minimum(
-                columns, self.matrix[0].shape[1] - 1)[:, None, :]  # fmt: skip
-            return self.matrix[0][at], self.matrix[1][at]
+            last = np.array(self.matrix[0].shape) - 1
+            rows, columns = np.minimum(rows, last[0])[:, :, None], np.minimum(columns, last[1])[:, None, :]
+            return self.matrix[0][rows, columns], self.matrix[1][rows, columns]
         if not any(self.axes):
             return self.leaf[0][:1], self.leaf[1][:1]
         at = rows[:, :, None] if self.axes[0] else columns[:, None, :]
@@ -147,9 +148,7 @@ def _padded(values: np.ndarray, multiple: int, fill: float) -> np.ndarray:
     return np.pad(values, (0, -len(values) % multiple), constant_values=fill)
 
 
-def keys_per_query(
-    rule: str, operands: Sequence[torch.Tensor | None], tokens: int, coarsest: int = LEAF
-) -> np.ndarray:
+def keys_per_query(rule: str, operands: Sequence[torch.Tensor | None], tokens: int, coarsest: int = LEAF) -> np.ndarray:
     """How many keys each query may attend to, int64 ``[tokens]``; over batch and heads, those that any lets it see.
 
     Pairs of blocks are refined until the rule's bounds decide them (a quadtree), so time and memory grow with the edge
@@ -206,7 +205,6 @@ def _add_elements(
     rows = queries[:, None] * LEAF + np.arange(LEAF)
     inside = rows < len(counts)
     np.add.at(counts, rows[inside], seen[inside])
-
 
 
 def attention_rows(masks: Masks, inputs: Mapping[str, Any], tokens: int) -> np.ndarray:

@@ -64,7 +64,8 @@ def resolve(sp: int | None, mesh: Any = None) -> Group:
     if sp > world or world % sp:
         fitting = [str(each) for each in range(1, world + 1) if world % each == 0]
         raise MeshError(
-            f"sp={sp} does not divide the world size {world}; pass sp={' or sp='.join(fitting)}, or start {sp} processes"
+            f"sp={sp} does not divide the world size {world}; pass sp={' or sp='.join(fitting)}, "
+            f"or start {sp} processes"
         )
     return _group_of_world(sp, world)
 
@@ -83,7 +84,9 @@ def _initialise() -> None:
 
 def _of_mesh(sp: int | None, mesh: Any) -> Group:
     if mesh.ndim != 1:
-        raise MeshError(f"the mesh has {mesh.ndim} axes {mesh.mesh_dim_names}; pass its one axis for sequences, mesh['sp']")
+        raise MeshError(
+            f"the mesh has {mesh.ndim} axes {mesh.mesh_dim_names}; pass its one axis for sequences, mesh['sp']"
+        )
     if sp is not None and sp != mesh.size():
         raise MeshError(f"sp={sp} and a mesh of {mesh.size()} ranks; pass one of them")
     group = mesh.get_group()

@@ -127,7 +127,9 @@ def check_schedule(schedule: Iterable[Pass]) -> None:
         held |= set(each.establishes)
 
 
-def run_pipeline(program: Program, schedule: Sequence[Pass], verify: bool = True, trace: bool = False) -> list[PassStep]:
+def run_pipeline(
+    program: Program, schedule: Sequence[Pass], verify: bool = True, trace: bool = False
+) -> list[PassStep]:
     """Run the passes in order; with ``verify``, check every held invariant after each.
 
     Raises:

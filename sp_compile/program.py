@@ -90,8 +90,9 @@ class Program:
 
 
 def uncut_tokens(program: Program) -> list[tuple[fx.Node, int, list[fx.Node]]]:
-    """Token inputs, or integers computed from them, with their token dim and the users that compute floats from them."""
-    whole, found = {}, []
+    """Token inputs or integers computed from them, with their token dim and the users that make floats of them."""
+    whole: dict[fx.Node, int | None] = {}
+    found = []
     for node in program.graph.nodes:
         is_input = node.op == "placeholder" and node.name in program.token_inputs
         if is_input:

@@ -15,12 +15,26 @@ from sp_compile.capture import capture
 from sp_compile.compiled import Compiled, Step
 from sp_compile.config import CompileConfig
 from sp_compile.errors import BatchError, CaptureError, FallbackError, SPCompileError, UnsupportedModelError
-from sp_compile.inputs import check_inputs, from_pack, length_of, mark_token_dims, named_tensors, request_lengths_of, token_input
+from sp_compile.inputs import (
+    check_inputs,
+    from_pack,
+    mark_token_dims,
+    named_tensors,
+    request_lengths_of,
+    token_input,
+)
 from sp_compile.layout import TokenLayout, token_layout
 from sp_compile.mesh import Group
 from sp_compile.pipeline import Pass, PassStep, build_pipeline, run_pipeline
 from sp_compile.program import Program
 from sp_compile.report import Report
+
+# only the token length varies: floats and other sizes are compiled in
+DYNAMO: dict[str, Any] = {
+    "recompile_limit": 64,
+    "automatic_dynamic_shapes": False,
+    "assume_static_by_default": True,
+}
 
 
 class _Explained(Exception):
@@ -87,7 +101,8 @@ class ParallelModule(nn.Module):
         """
         if self.training and torch.is_grad_enabled():
             raise UnsupportedModelError(
-                "training through sp_compile is not supported yet; call model.eval(), or wrap the call in torch.no_grad()"
+                "training through sp_compile is not supported yet; call model.eval(), or wrap the call in "
+                "torch.no_grad()"
             )
         with fingerprint.naming_failed_ranks(self.group):
             named, layout = self._agree(args, kwargs)
@@ -174,9 +189,8 @@ class ParallelModule(nn.Module):
     def _traced(self, args: Sequence[Any], kwargs: Mapping[str, Any], length: int) -> Any:
         args = [mark_token_dims(value, length) for value in args]
         kwargs = {name: mark_token_dims(value, length, name) for name, value in kwargs.items()}
-        limits = {"recompile_limit": 64, "automatic_dynamic_shapes": False, "assume_static_by_default": True}
         try:
-            with torch.no_grad(), torch._dynamo.config.patch(**limits):
+            with torch.no_grad(), torch._dynamo.config.patch(DYNAMO):
                 return self._run(*args, **kwargs)
         except torch._dynamo.exc.BackendCompilerFailed as error:
             if isinstance(error.inner_exception, SPCompileError):

@@ -19,7 +19,9 @@ def without_vmap(gm: fx.GraphModule) -> fx.GraphModule:
     """The same graph with every vmap replaced by the ops it runs."""
     if not any(_name(node) == _OPEN for node in gm.graph.nodes):
         return gm
-    graph, mapping, region, depth = fx.Graph(), {}, [], 0
+    graph, depth = fx.Graph(), 0
+    mapping: dict[fx.Node, fx.Node] = {}
+    region: list[fx.Node] = []
     for node in gm.graph.nodes:
         depth += _name(node) == _OPEN
         if depth == 0:

@@ -223,9 +223,21 @@ def test_verify_tells_right_from_wrong():
     [
         ({}, BatchError, "no tensor among the inputs"),
         ({"input_ids": torch.zeros(1, 0, dtype=torch.int64)}, BatchError, "a batch needs at least 1 token"),
-        ({"input_ids": tokens(1, 5), "position_ids": torch.tensor([[0, 1, 3, 4, 5]])}, BatchError, "from 1 to 3 at token 2"),
-        ({"input_ids": tokens(1, 5), "position_ids": torch.arange(4)[None]}, BatchError, "4 positions, input_ids has 5"),
-        ({"input_ids": tokens(2, 5), "attention_mask": torch.ones(2, 4)}, BatchError, r"attention_mask has shape \[2, 4\]"),
+        (
+            {"input_ids": tokens(1, 5), "position_ids": torch.tensor([[0, 1, 3, 4, 5]])},
+            BatchError,
+            "from 1 to 3 at token 2",
+        ),
+        (
+            {"input_ids": tokens(1, 5), "position_ids": torch.arange(4)[None]},
+            BatchError,
+            "4 positions, input_ids has 5",
+        ),
+        (
+            {"input_ids": tokens(2, 5), "attention_mask": torch.ones(2, 4)},
+            BatchError,
+            r"attention_mask has shape \[2, 4\]",
+        ),
         ({"input_ids": tokens(1, 5).to("meta")}, UnsupportedModelError, "the model is on cpu, but input_ids on meta"),
         ({"input_id": tokens(1, 5)}, BatchError, "no tensor among the inputs|unexpected keyword"),
     ],
@@ -246,7 +258,7 @@ def test_models_that_cannot_be_parallel_are_told():
     with pytest.raises(UnsupportedModelError, match=r"several devices .*lm_head.weight on meta"):
         sp_compile.parallelize(model, sp=1)
     odd = torch.nn.Linear(2, 2).to(torch.float8_e4m3fn)
-    with pytest.raises(UnsupportedModelError, match="weight is torch.float8_e4m3fn"):
+    with pytest.raises(UnsupportedModelError, match=r"weight is torch\.float8_e4m3fn"):
         sp_compile.parallelize(odd, sp=1)
     training = sp_compile.parallelize(llama().train(), sp=1)
     with pytest.raises(UnsupportedModelError, match="training through sp_compile is not supported yet"):

@@ -12,11 +12,13 @@ from sp_compile.symbols import shape_of
 def attention(call: Call) -> Outcome:
     """Queries sharded along their token dim; keys, values and what masks them whole, in one order for all."""
     q, k, v, operands = call.node.args[:4]
-    assert isinstance(q, fx.Node) and isinstance(k, fx.Node) and isinstance(v, fx.Node)
+    assert isinstance(q, fx.Node)
+    assert isinstance(k, fx.Node)
+    assert isinstance(v, fx.Node)
     padded = call.placed.get(k) == Gathered(2)
     keys: Placement = Gathered(2) if padded else REPLICATE
     needs: dict[fx.Node, Placement] = {k: keys, v: keys, q: Shard(2)}
-    for operand in operands:  # type: ignore[union-attr]
+    for operand in operands:
         assert isinstance(operand, fx.Node)
         rank, sizes = rank_of(operand), shape_of(operand)
         per_query = rank >= 2 and sizes[-2] == shape_of(q)[2]
@@ -46,6 +48,8 @@ def sdpa(call: Call) -> Outcome:
     }
     for each in call.tensors:
         if each not in needs:
-            same = rank_of(each) > placement.dim and shape_of(each)[placement.dim] == shape_of(tensors[0])[placement.dim]
+            same = (
+                rank_of(each) > placement.dim and shape_of(each)[placement.dim] == shape_of(tensors[0])[placement.dim]
+            )
             needs[each] = placement.at(placement.dim) if same else REPLICATE
     return Outcome(placement.at(placement.dim), needs)

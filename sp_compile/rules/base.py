@@ -73,7 +73,7 @@ class Call:
 
     def arguments(self) -> dict[str, Any]:
         """All arguments by their names in the op's schema, defaults filled in."""
-        schema = self.node.target._schema  # type: ignore[union-attr]
+        schema = self.node.target._schema
         values = {arg.name: arg.default_value for arg in schema.arguments if arg.has_default_value()}
         values.update({arg.name: value for arg, value in zip(schema.arguments, self.node.args, strict=False)})
         values.update(self.node.kwargs)

@@ -53,13 +53,13 @@ def _product(call: Call, left: fx.Node, right: fx.Node, bias: Any = None) -> Out
 def matmul(call: Call) -> Outcome:
     """``matmul``, ``mm``, ``bmm``."""
     left, right = call.node.args[:2]
-    return _product(call, left, right)  # type: ignore[arg-type]
+    return _product(call, left, right)
 
 
 def addmm(call: Call) -> Outcome:
     """``addmm`` and ``baddbmm``."""
     bias, left, right = call.node.args[:3]
-    return _product(call, left, right, bias)  # type: ignore[arg-type]
+    return _product(call, left, right, bias)
 
 
 def linear(call: Call) -> Outcome:
@@ -79,4 +79,4 @@ def einsum(call: Call) -> Outcome:
     if "->" not in equation or "." in equation:
         raise NoRule(f"einsum {equation!r} without an explicit output")
     inputs, output = equation.split("->")
-    return contract(call, list(zip(tensors, inputs.split(","), strict=True)), output)  # type: ignore[arg-type]
+    return contract(call, list(zip(tensors, inputs.split(","), strict=True)), output)

@@ -16,13 +16,13 @@ from sp_compile.symbols import is_tensor, shape_of
 def embedding(call: Call) -> Outcome:
     """Rows of a table at sharded indices."""
     weight, ids = call.node.args[:2]
-    return Outcome(only_input(call, ids).at(only_input(call, ids).dim), {weight: REPLICATE})  # type: ignore[dict-item]
+    return Outcome(only_input(call, ids).at(only_input(call, ids).dim), {weight: REPLICATE})
 
 
 def index(call: Call) -> Outcome:
     """Advanced indexing: sharded indices into a replicated table, a sharded table indexed elsewhere, own rows."""
-    source: fx.Node = call.node.args[0]  # type: ignore[assignment]
-    indices: list[Any] = list(call.node.args[1])  # type: ignore[arg-type]
+    source: fx.Node = call.node.args[0]
+    indices: list[Any] = list(call.node.args[1])
     used = [dim for dim, each in enumerate(indices) if each is not None]
     tensors = [indices[dim] for dim in used]
     if any(_is_mask(each) and rank_of(each) != 1 for each in tensors):
@@ -62,27 +62,27 @@ def _is_mask(index: fx.Node) -> bool:
 def index_put(call: Call) -> Outcome:
     """Rows of one other dim than the tokens' overwritten: both tensors are cut alike."""
     into, indices, values = call.node.args[:3]
-    used = [dim for dim, each in enumerate(indices) if each is not None]  # type: ignore[arg-type,union-attr]
+    used = [dim for dim, each in enumerate(indices) if each is not None]
     placement = call.first_shard()
-    (dim, *others), index = used, indices[used[0]]  # type: ignore[index]
-    if others or rank_of(index) != 1:  # type: ignore[arg-type]
+    (dim, *others), index = used, indices[used[0]]
+    if others or rank_of(index) != 1:
         raise NoRule("overwrites elements of several dims")
-    if rank_of(values) != rank_of(into):  # type: ignore[arg-type]
+    if rank_of(values) != rank_of(into):
         raise NoRule("the values broadcast")
     if placement.dim == dim or call.shard(index) is not None:
         raise NoRule("overwrites tokens")
     target = placement.at(placement.dim)
-    return Outcome(target, {into: target, values: target, index: REPLICATE})  # type: ignore[dict-item]
+    return Outcome(target, {into: target, values: target, index: REPLICATE})
 
 
 def index_select(call: Call) -> Outcome:
     """Rows along one dim."""
     source, dim, rows = call.node.args[:3]
     placement = only_input(call, source)
-    dim = int(dim) % rank_of(source)  # type: ignore[arg-type]
+    dim = int(dim) % rank_of(source)
     if dim == placement.dim:
-        return select_rows(call, source, dim, rows)  # type: ignore[arg-type]
-    return Outcome(placement.at(placement.dim), {rows: REPLICATE})  # type: ignore[dict-item]
+        return select_rows(call, source, dim, rows)
+    return Outcome(placement.at(placement.dim), {rows: REPLICATE})
 
 
 def same_place(call: Call) -> Outcome:

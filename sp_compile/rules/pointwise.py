@@ -21,7 +21,7 @@ def like_first(call: Call) -> Outcome:
 def keeps_rows(call: Call) -> Outcome:
     """A copy: what the integers number stays (``clone``, ``alias``, ``_to_copy``)."""
     source = call.node.args[0]
-    placement = call.placed[source]  # type: ignore[index]
+    placement = call.placed[source]
     return Outcome(placement if isinstance(placement, RankLocal) else only_input(call, source))
 
 

@@ -44,7 +44,7 @@ def group_sizes(call: Call) -> Outcome:
 
 def of_group_sizes(call: Call) -> Outcome:
     """Running group sizes stay the rank's own; on rows, an ordinary scan."""
-    placement = call.placed[call.node.args[0]]  # type: ignore[index]
+    placement = call.placed[call.node.args[0]]
     return Outcome(placement) if isinstance(placement, RankLocal) else along_dims(call)
 
 
@@ -52,7 +52,7 @@ def grouped_mm(call: Call) -> Outcome:
     """Rows sorted by expert times the expert's matrix, the groups given by their ends."""
     rows, _, ends = call.node.args[:3]
     placement = only_input(call, rows)
-    sizes = call.placed[ends]  # type: ignore[index]
+    sizes = call.placed[ends]
     if placement.dim != 0 or not placement.order or not isinstance(sizes, RankLocal):
         raise NoRule("group sizes that do not belong to these rows")
     return Outcome(placement.at(0))

@@ -53,7 +53,7 @@ def select_rows(call: Call, source: fx.Node, dim: int, index: Any, squeeze: bool
 def selected(call: Call) -> Outcome:
     """:func:`sp_compile.ops.select_rows` itself: each rank has the rows that it holds, the sum has all."""
     source, rows, dim = call.node.args
-    if only_input(call, source) != Shard(dim):  # type: ignore[arg-type]
+    if only_input(call, source) != Shard(dim):
         raise NoRule("selects along another dim")
     return Outcome(Partial("sum"), {rows: REPLICATE} if isinstance(rows, fx.Node) else {})
 

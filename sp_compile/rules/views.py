@@ -17,7 +17,7 @@ def view(call: Call) -> Outcome:
     """Find the output dim that holds the token rows, by the sizes to their left and right."""
     source = call.node.args[0]
     placement = only_input(call, source)
-    return Outcome(reshaped(placement, shape_of(source), output_shape(call.node), call.tokens))  # type: ignore[arg-type]
+    return Outcome(reshaped(placement, shape_of(source), output_shape(call.node), call.tokens))
 
 
 def reshaped(
@@ -73,17 +73,17 @@ def permute(call: Call) -> Outcome:
     """Dims are renamed (``permute``, ``transpose``, ``t``, ``movedim``)."""
     source = call.node.args[0]
     placement = only_input(call, source)
-    order = _dim_order(call, rank_of(source))  # type: ignore[arg-type]
+    order = _dim_order(call, rank_of(source))
     return Outcome(placement.at(order.index(placement.dim)))
 
 
 def _dim_order(call: Call, rank: int) -> list[int]:
-    name = call.node.target._schema.name  # type: ignore[union-attr]
+    name = call.node.target._schema.name
     arguments, order = call.arguments(), list(range(rank))
     if name == "aten::permute":
         return [dim % rank for dim in arguments["dims"]]
     if name in ("aten::transpose", "aten::swapaxes"):
-        first, second = arguments.get("dim0", arguments.get("axis0")), arguments.get("dim1", arguments.get("axis1"))
+        first, second = (arguments[each] for each in arguments if each not in ("self",))
         order[first % rank], order[second % rank] = order[second % rank], order[first % rank]
         return order
     return order[::-1]
@@ -91,19 +91,19 @@ def _dim_order(call: Call, rank: int) -> list[int]:
 
 def unsqueeze(call: Call) -> Outcome:
     """A new dim of size 1."""
-    source, dim = call.node.args[0], int(call.node.args[1])  # type: ignore[arg-type]
+    source, dim = call.node.args[0], int(call.node.args[1])
     placement = only_input(call, source)
-    dim %= rank_of(source) + 1  # type: ignore[arg-type]
+    dim %= rank_of(source) + 1
     return Outcome(replace(placement, dim=placement.dim + (dim <= placement.dim)))
 
 
 def squeeze(call: Call) -> Outcome:
     """Dims of size 1 go; the token dim never does."""
     source = call.node.args[0]
-    if isinstance(call.placed[source], Partial):  # type: ignore[index]
-        return Outcome(call.placed[source])  # type: ignore[index]
+    if isinstance(call.placed[source], Partial):
+        return Outcome(call.placed[source])
     placement = only_input(call, source)
-    sizes = shape_of(source)  # type: ignore[arg-type]
+    sizes = shape_of(source)
     dims = call.arguments().get("dim")
     dims = range(len(sizes)) if dims is None else [dims] if isinstance(dims, int) else dims
     gone = {dim % len(sizes) for dim in dims if sizes[dim % len(sizes)] == 1}
@@ -114,9 +114,9 @@ def select(call: Call) -> Outcome:
     """One index of a dim; of the token dim, the row is brought from its rank."""
     source, dim, index = call.node.args[:3]
     placement = only_input(call, source)
-    dim = int(dim) % rank_of(source)  # type: ignore[arg-type]
+    dim = int(dim) % rank_of(source)
     if dim == placement.dim:
-        return select_rows(call, source, dim, index, squeeze=True)  # type: ignore[arg-type]
+        return select_rows(call, source, dim, index, squeeze=True)
     return Outcome(placement.at(placement.dim - (dim < placement.dim)))
 
 
@@ -133,7 +133,7 @@ def slice_(call: Call) -> Outcome:
 def size(call: Call) -> Outcome:
     """The size of another dim than the tokens', which is the same on every rank."""
     source, dim = call.node.args[:2]
-    if int(dim) % rank_of(source) == only_input(call, source).dim:  # type: ignore[arg-type]
+    if int(dim) % rank_of(source) == only_input(call, source).dim:
         raise NoRule("reads the size of a merged token dim")
     return Outcome(REPLICATE)
 
@@ -142,7 +142,7 @@ def complex_pairs(call: Call) -> Outcome:
     """The last dim of size 2 becomes complex, or the other way round."""
     source = call.node.args[0]
     placement = only_input(call, source)
-    if placement.dim >= min(rank_of(source), len(output_shape(call.node))):  # type: ignore[arg-type]
+    if placement.dim >= min(rank_of(source), len(output_shape(call.node))):
         raise NoRule("the token dim holds real and imaginary parts")
     return Outcome(placement.at(placement.dim))
 
@@ -191,9 +191,9 @@ def _together(call: Call, tensors: list[fx.Node], dim: int, new_dim: bool) -> Ou
 
 def repeat(call: Call) -> Outcome:
     """Whole copies along dims; copies along the token dim lie outside of it."""
-    source, times = call.node.args[0], list(call.node.args[1])  # type: ignore[arg-type]
+    source, times = call.node.args[0], list(call.node.args[1])
     placement = only_input(call, source)
-    dim = placement.dim + len(times) - rank_of(source)  # type: ignore[arg-type]
+    dim = placement.dim + len(times) - rank_of(source)
     if not isinstance(times[dim], int):
         raise NoRule("repeats the token dim a symbolic number of times")
     return Outcome(Shard(dim, placement.outer * times[dim], placement.inner, placement.order))
@@ -215,9 +215,9 @@ def repeat_interleave(call: Call) -> Outcome:
 
 def pad(call: Call) -> Outcome:
     """Padding of other dims than the tokens'."""
-    source, widths = call.node.args[0], list(call.node.args[1])  # type: ignore[arg-type]
+    source, widths = call.node.args[0], list(call.node.args[1])
     placement = only_input(call, source)
-    from_right = rank_of(source) - 1 - placement.dim  # type: ignore[arg-type]
+    from_right = rank_of(source) - 1 - placement.dim
     if any(width != 0 for width in widths[2 * from_right : 2 * from_right + 2]):
         raise NoRule("pads the token dim")
     return Outcome(placement.at(placement.dim))

@@ -28,7 +28,7 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
 
 
 def randomize(model: nn.Module) -> None:
-    """Weights N(0, 0.2), gains and zero biases jittered by N(0, 0.1): default weights hide wrong positions and masks."""
+    """Weights N(0, 0.2), gains and biases jittered by N(0, 0.1): default weights hide wrong positions and masks."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

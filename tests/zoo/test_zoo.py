@@ -42,7 +42,10 @@ JUSTIFIED = {
     ),
     "jetmoe": ("aten.sum aten.sort aten.index", "its experts run on slices whose sizes are read on the host"),
     "openai-gpt": ("aten.slice", "the causal mask is a stored matrix of the checkpoint"),
-    "prophetnet": ("aten.softmax aten.cat aten.slice", "n-gram streams: scores and values meet in einsums over streams"),
+    "prophetnet": (
+        "aten.softmax aten.cat aten.slice",
+        "n-gram streams: scores and values meet in einsums over streams",
+    ),
     "xlnet": (
         "aten.softmax aten.slice aten.reshape aten.index_select",
         "relative attention shifts the score matrix by reshaping it",
@@ -100,7 +103,9 @@ def test_padded_rows_of_some_are_right(ranks, name: str, side: str):
     check(run(ranks, name, side), name)
 
 
-@pytest.mark.parametrize("name", [pytest.param(each, marks=[] if each in SOME_MIXING else pytest.mark.slow) for each in MIXING])
+@pytest.mark.parametrize(
+    "name", [pytest.param(each, marks=[] if each in SOME_MIXING else pytest.mark.slow) for each in MIXING]
+)
 def test_packed_requests_that_would_mix_are_refused_with_the_op(ranks, name: str):
     outcome = run(ranks, name, "packed")
     assert outcome.raised.startswith("RequestsMixedError: packed requests are not kept apart: ")
