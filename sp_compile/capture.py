@@ -118,7 +118,7 @@ def _has_views(node: Any) -> bool:
 
 def _aliases(node: fx.Node) -> bool:
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-        return node.op == "call_function"
+        return bool(node.op == "call_function")
     return any(result.alias_info is not None for result in node.target._schema.returns)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
 import sympy
 import torch
@@ -18,8 +18,7 @@ def compile_graph(
     from torch._inductor.compile_fx import compile_fx
 
     with tracing, torch.no_grad():
-        run: Any = compile_fx(gm, list(inputs))
-        return run
+        return cast(Callable[..., Any], compile_fx(gm, list(inputs)))
 
 
 def hint_of_symbol(size: torch.SymInt, symbol: sympy.Symbol) -> int:
