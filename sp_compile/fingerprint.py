@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,8 @@ from sp_compile.mesh import Group
 from sp_compile.program import Program, lines
 
 PATIENCE = 5.0  # seconds that survivors of a failure wait for each other, to tell who is missing
-RAISED = "raised"
+RECENT = 60.0  # seconds for which what a rank says of its failure counts
+RAISED, ALIVE = "raised", "alive"
 
 
 @contextmanager
@@ -97,32 +99,32 @@ def _is_of_collective(error: Exception) -> bool:
 
 
 def _roll_call(group: Group, problem: str) -> tuple[list[int], list[tuple[int, str]]]:
-    """Say that this rank is alive, and what it raised; ranks that do not answer in time, and what others raised."""
+    """Say that this rank is alive, or what it raised; ranks that do not answer in time, and what others raised."""
     missing, told = [], []
     try:
         store = group_store(group.process_group)
-        store.set(f"sp_compile/failed/{group.rank}", problem or "alive")
-        if problem:
-            return [], []
-        for rank in range(group.size):
-            key = f"sp_compile/failed/{rank}"
-            if not _arrives(store, key):
+        store.set(f"sp_compile/failed/{group.rank}", f"{time.time()} {problem or ALIVE}")
+        for rank in range(group.size) if not problem else ():
+            answer = _answer(store, rank)
+            if answer is None:
                 missing.append(rank)
-            elif (text := store.get(key).decode()) != "alive":
-                told.append((rank, text.splitlines()[0]))
+            elif answer != ALIVE:
+                told.append((rank, answer.splitlines()[0]))
     except RuntimeError:  # the store was served by a rank that is gone
         return [], []
     return missing, told
 
 
-def _arrives(store: Any, key: str) -> bool:
-    from datetime import timedelta
-
-    try:
-        store.wait([key], timedelta(seconds=PATIENCE))
-    except RuntimeError:
-        return False
-    return True
+def _answer(store: Any, rank: int) -> str | None:
+    """What a rank says of itself now; what it said at an earlier failure does not count."""
+    key, deadline = f"sp_compile/failed/{rank}", time.time() + PATIENCE
+    while time.time() < deadline:
+        if store.check([key]):
+            at, _, text = store.get(key).decode().partition(" ")
+            if abs(time.time() - float(at)) < RECENT:
+                return str(text)
+        time.sleep(0.05)
+    return None
 
 
 def of_inputs(named: Mapping[str, torch.Tensor], lengths: Sequence[int]) -> dict[str, str]:

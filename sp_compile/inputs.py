@@ -75,8 +75,8 @@ def request_lengths_of(named: Mapping[str, torch.Tensor]) -> tuple[int, ...]:
         BatchError: position ids that neither count up nor restart.
     """
     positions = named.get("position_ids")
-    one_row = positions is not None and positions.dim() == 2 and positions.shape[0] == 1
-    if one_row and "attention_mask" not in named and positions is not None:
+    packs = "attention_mask" not in named or from_pack(named)
+    if packs and positions is not None and positions.dim() == 2 and positions.shape[0] == 1:
         return request_lengths(positions)
     return (length_of(token_input(named)[1]),)
 

@@ -156,29 +156,27 @@ def _build(lengths: tuple[int, ...], sp: int, scheme: str, min_shard_length: int
     shard_length = max(int(per_rank.max()), min_shard_length)
     total = int(sizes_of.sum())
 
-    flat_sizes, flat_starts = sizes.reshape(-1), starts.reshape(-1)
-    order = np.arange(total)
-    rows = np.repeat(flat_starts - (np.cumsum(flat_sizes) - flat_sizes), flat_sizes) + order
-    padded = np.repeat(np.arange(sp) * shard_length - (np.cumsum(per_rank) - per_rank), per_rank) + order
+    held = sizes.reshape(-1) > 0
+    block_sizes, block_starts = sizes.reshape(-1)[held], starts.reshape(-1)[held]
+    rows = np.arange(total) + np.repeat(block_starts - (np.cumsum(block_sizes) - block_sizes), block_sizes)
 
-    local_index = np.zeros(sp * shard_length, dtype=np.int64)
-    valid = np.zeros(sp * shard_length, dtype=bool)
+    valid = np.arange(shard_length) < per_rank[:, None]
+    local_index = np.zeros((sp, shard_length), dtype=np.int64)
     restore_index = np.empty(total, dtype=np.int64)
-    local_index[padded] = rows
-    valid[padded] = True
-    restore_index[rows] = padded
+    local_index[valid] = rows
+    restore_index[rows] = np.flatnonzero(valid)
 
     runs = []
-    for rank_sizes in sizes.reshape(sp, -1):
-        held = rank_sizes[rank_sizes > 0]
-        runs.append(np.cumsum(held) - held)
+    for of_rank in sizes.reshape(sp, -1):
+        own = of_rank[of_rank > 0]
+        runs.append(np.cumsum(own) - own)
     return TokenLayout(
         lengths=lengths,
         sp=sp,
         scheme=scheme,
         shard_length=shard_length,
-        local_index=torch.from_numpy(local_index).view(sp, shard_length),
-        valid=torch.from_numpy(valid).view(sp, shard_length),
+        local_index=torch.from_numpy(local_index),
+        valid=torch.from_numpy(valid),
         restore_index=torch.from_numpy(restore_index),
         tokens_per_rank=tuple(int(count) for count in per_rank),
         segments=tuple(runs),

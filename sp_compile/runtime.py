@@ -31,7 +31,8 @@ from sp_compile.report import Report
 
 # only the token length varies: floats and other sizes are compiled in
 DYNAMO: dict[str, Any] = {
-    "recompile_limit": 64,
+    "recompile_limit": 4096,  # models that fix the length are captured anew for each
+    "accumulated_recompile_limit": 65536,
     "automatic_dynamic_shapes": False,
     "assume_static_by_default": True,
 }
