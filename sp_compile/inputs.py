@@ -20,7 +20,7 @@ def named_tensors(
     """The tensors of a call by the names that the model's forward gives them.
 
     Raises:
-        BatchError: the model's forward does not take these arguments.
+        BatchError: the model's forward does not take these arguments, or there are no tokens among them.
     """
     try:
         bound = signature.bind(*args, **kwargs).arguments
@@ -29,7 +29,13 @@ def named_tensors(
     flat: dict[str, Any] = {}
     for name, value in bound.items():
         flat.update(value if isinstance(value, dict) else {name: value})
-    return {name: value for name, value in flat.items() if isinstance(value, torch.Tensor)}
+    named = {name: value for name, value in flat.items() if isinstance(value, torch.Tensor)}
+    wanted = [name for name in TOKEN_INPUTS if name in signature.parameters]
+    if wanted and not any(name in named for name in wanted):
+        raise BatchError(
+            f"{type(module).__name__}.forward needs {' or '.join(wanted)}, got {', '.join(named) or 'no tensor'}"
+        )
+    return named
 
 
 def token_input(named: Mapping[str, torch.Tensor]) -> tuple[str, torch.Tensor]:
