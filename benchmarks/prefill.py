@@ -185,7 +185,10 @@ def speed(rounds: int) -> dict[str, dict[str, Any]]:
                 for server in servers:
                     times[name][server.setup.name].append(server.ask("time", name))
             print(f"round {each + 1} of {rounds}", file=sys.stderr)
-        memory = {name: {s.setup.name: s.ask("memory", name) for s in servers} for name in LENGTHS}
+        memory = {
+            name: {s.setup.name: statistics.median(s.ask("memory", name) for _ in range(5)) for s in servers}
+            for name in LENGTHS
+        }
     finally:
         for server in servers:
             server.end()
@@ -219,7 +222,7 @@ def layout_seconds() -> float:
 
 
 def pass_seconds() -> dict[int, float]:
-    """Seconds of all passes by depth."""
+    """Seconds of all passes by depth, without the capture and the checks between passes."""
     found = {}
     for layers in (4, 8, 16, 32):
         report = sp_compile.explain(llama(layers), {**batch_of(LENGTHS["ragged 2048"]), "use_cache": False}, sp=2)
@@ -245,7 +248,7 @@ def _many_batches() -> int:
 
 
 def start_seconds() -> tuple[float, float]:
-    """From a new process to the first result, with an empty cache on disk and with the one it left."""
+    """Until a new process has its first logits, with an empty cache of Inductor on disk and with the one it left."""
     with tempfile.TemporaryDirectory() as cache:
         code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import prefill; prefill.first_result()"
         environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
@@ -313,6 +316,10 @@ def show(name: str, found: Any) -> None:
             print(f"  {setup:26} {value:7.3f} s   peak {found['peak_bytes'][batch][setup] / 2**20:7.1f} MiB")
         for text, ratio in ratios(seconds).items():
             print(f"  {text:40} {ratio:5.2f}x")
+        peaks = found["peak_bytes"][batch]
+        for threads in ("1 thread", "2 threads"):
+            share = peaks["sp=2, 1 thread a rank"] / peaks[f"eager, {threads}"]
+            print(f"  sp=2 peak memory a rank against eager, {threads:9} {share:5.2f}x")
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ class _Shapes:
         """A size that compiled code may not depend on."""
         from torch._dynamo.source import ConstantSource
 
-        source = ConstantSource(name)
+        source, hint = ConstantSource(name), self.program.hints.get(name, hint)
         symbol = self.shape_env.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
         self.program.symbols[name] = made = self.shape_env.create_symintnode(symbol, hint=hint, source=source)
         return made

@@ -1,8 +1,8 @@
 """Replace every change of placement by index selections and functional collectives.
 
-Requires: ``gathered_once``.
+Requires: ``gathered_once``, ``placed``.
 Establishes: ``lowered``.
-Breaks: ``placed``.
+Breaks: all that is said of redistributes and placements.
 
 Collectives run over rows: the token dim comes first, so ranks stack in padded SP order without a copy.
 
@@ -74,7 +74,7 @@ class _Builder:
     def index(self, name: str) -> fx.Node:
         return self.program.index_input(name)
 
-    def rows_first(self, node: fx.Node, shard: Shard, rank: int) -> tuple[fx.Node, int]:
+    def rows_first(self, node: fx.Node, shard: Shard) -> tuple[fx.Node, int]:
         """The value with its token rows alone in dim 0, and the dim they came from."""
         split = (shard.outer, shard.inner) != (1, 1)
         dim = shard.dim + 1 if split else shard.dim
@@ -109,7 +109,7 @@ def _redistribute(build: _Builder, node: fx.Node) -> fx.Node:
         case Replicate(), Shard(order=""):
             return _cut(build, source, wanted)
         case Shard(order="", rows=0), Replicate() | Gathered():
-            rows, dim = build.rows_first(source, held, len(shape_of(source)))
+            rows, dim = build.rows_first(source, held)
             rows = build.all_gather(rows)
             if isinstance(wanted, Replicate):
                 rows = build.call(aten.index_select.default, rows, 0, build.index("restore_index"))

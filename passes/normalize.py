@@ -52,6 +52,10 @@ class Normalize(Pass):
                 _drop_empty(node)
             elif node.target in _FILLS:
                 _to_full(program, node)
+            elif node.target is aten.broadcast_to.default:
+                node.target = aten.expand.default
+            elif node.target is aten.unflatten.int:
+                _to_reshape(program, node)
             elif node.target in (aten.view.default, aten._unsafe_view.default):
                 node.target = aten.reshape.default
             elif node.target is aten.pad.default and (*node.args, "constant")[2] == "constant":
@@ -129,14 +133,26 @@ def _drop_empty(node: fx.Node) -> None:
 
 def _to_full(program: Program, node: fx.Node) -> None:
     """A constant does not depend on the tensor that lends its shape."""
-    value, length = node.meta["val"], program.length_input()
-    fill: Any = node.args[1] if _FILLS[node.target] is None else _FILLS[node.target]
-    sizes = [length if size == program.tokens else size for size in shape_of(node)]
-    if any(each is None or (isinstance(each, sympy.Expr) and not each.is_Integer) for each in sizes):
+    value, shape = node.meta["val"], _shape_arguments(program, node)
+    if shape is None:
         return
-    shape = [int(each) if isinstance(each, sympy.Expr) else each for each in sizes]
+    fill: Any = node.args[1] if _FILLS[node.target] is None else _FILLS[node.target]
     node.target, node.args = aten.full.default, (shape, fill)
     node.kwargs = {"dtype": value.dtype, "device": value.device}
+
+
+def _to_reshape(program: Program, node: fx.Node) -> None:
+    shape = _shape_arguments(program, node)
+    if shape is not None:
+        node.target, node.args = aten.reshape.default, (node.args[0], shape)
+
+
+def _shape_arguments(program: Program, node: fx.Node) -> list[Any] | None:
+    """The node's shape as arguments; None where a size is neither a number nor the token length."""
+    sizes = [program.length_input() if size == program.tokens else size for size in shape_of(node)]
+    if any(each is None or (isinstance(each, sympy.Expr) and not each.is_Integer) for each in sizes):
+        return None
+    return [int(each) if isinstance(each, sympy.Expr) else each for each in sizes]
 
 
 def _token_length(program: Program, node: fx.Node) -> None:

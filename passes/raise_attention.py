@@ -18,7 +18,7 @@ After::
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import getitem
 from typing import Any
 
@@ -133,7 +133,13 @@ def _insert(
 
 
 def _record(program: Program, node: fx.Node, reason: str) -> None:
-    program.fallbacks.append(Fallback(op_name(node), 1, 0, source_line(node), reason))
+    """Layers that miss for the same reason are one entry; what their gathers bring is told by the ops after them."""
+    same = Fallback(op_name(node), 1, 0, source_line(node), reason)
+    for i, each in enumerate(program.fallbacks):
+        if replace(each, count=1) == same:
+            program.fallbacks[i] = replace(each, count=each.count + 1)
+            return
+    program.fallbacks.append(same)
 
 
 def _unrepeat(node: fx.Node) -> fx.Node:

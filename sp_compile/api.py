@@ -14,6 +14,7 @@ from sp_compile import fingerprint
 from sp_compile import mesh as meshes
 from sp_compile.config import CompileConfig, compile_config
 from sp_compile.errors import UnsupportedModelError
+from sp_compile.pipeline import check_complete
 from sp_compile.report import Report
 from sp_compile.runtime import ParallelModule
 
@@ -41,14 +42,17 @@ def parallelize(
     Raises:
         MeshError: ``sp`` does not fit the ranks there are.
         ConfigError: an unknown option, pass or strategy.
+        PipelineError: the pipeline's order breaks an invariant, or it ends before ranks could run the graph.
         UnsupportedModelError: the model is already parallel, or mixes devices.
         RankMismatchError: ranks disagree on the model or the configuration.
     """
-    chosen = compile_config(config, **overrides)
-    _check_model(model)
     group = meshes.resolve(sp, mesh)
-    parallel = ParallelModule(model, group, chosen)
-    fingerprint.compare(group, _model_fields(model, chosen))
+    with fingerprint.agreement(group) as fields:
+        chosen = compile_config(config, **overrides)
+        _check_model(model)
+        parallel = ParallelModule(model, group, chosen)
+        check_complete(parallel.pipeline)
+        fields.update(_model_fields(model, chosen))
     return parallel
 
 
@@ -96,28 +100,39 @@ class Verification:
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
 
 
-def verify(model: ParallelModule, batch: Mapping[str, Any]) -> Verification:
+def verify(model: nn.Module, batch: Mapping[str, Any], **overrides: Any) -> Verification:
     """Compare the parallel model with the unsharded one on this batch, output by output.
+
+    Args:
+        model: what :func:`parallelize` returned; a plain model is parallelized over the ranks there are, or one.
+        batch: the inputs as keyword arguments.
+        **overrides: for a plain model, fields of ``CompileConfig``.
 
     An output is right when its largest absolute difference is within the dtype's tolerance times the output's largest
     magnitude (1e-5 for fp32). Every rank runs the unsharded model.
 
     Raises:
-        UnsupportedModelError: ``model`` does not come from :func:`parallelize`, or leaves its outputs sharded.
+        UnsupportedModelError: ``model`` leaves its outputs sharded.
     """
     if not isinstance(model, ParallelModule):
-        raise UnsupportedModelError(f"verify needs a model from parallelize, not {type(model).__name__}")
+        model = parallelize(model, **overrides)
     if model.compile_config.outputs != "full":
         raise UnsupportedModelError('verify compares whole outputs; parallelize with outputs="full"')
     with torch.no_grad():
-        found, expected = _tensors(model(**batch)), _tensors(model.module(**batch))
-    checks = []
-    for name, reference in expected.items():
-        difference = (found[name].double() - reference.double()).abs().max().item() if reference.numel() else 0.0
-        scale = reference.double().abs().max().item() if reference.numel() else 0.0
-        limit = TOLERANCE.get(reference.dtype, 0.0) * max(scale, torch.finfo(torch.float32).tiny)
-        checks.append(OutputCheck(name, difference, scale, difference <= limit))
-    return Verification(checks)
+        found, expected = _tensors(model(**batch)), _tensors(model.module(**model.options(batch)))
+    names = [*expected, *(name for name in found if name not in expected)]
+    return Verification([_check(name, found.get(name), expected.get(name)) for name in names])
+
+
+def _check(name: str, found: torch.Tensor | None, expected: torch.Tensor | None) -> OutputCheck:
+    if found is None or expected is None or found.shape != expected.shape:
+        return OutputCheck(name, float("inf"), 0.0, False)
+    if not expected.numel():
+        return OutputCheck(name, 0.0, 0.0, True)
+    difference = (found.double() - expected.double()).abs().max().item()
+    scale = expected.double().abs().max().item()
+    limit = TOLERANCE.get(expected.dtype, 0.0) * max(scale, torch.finfo(torch.float32).tiny)
+    return OutputCheck(name, difference, scale, difference <= limit)
 
 
 def _tensors(output: Any, prefix: str = "") -> dict[str, torch.Tensor]:
@@ -150,6 +165,11 @@ def _check_model(model: nn.Module) -> None:
             raise UnsupportedModelError(f"{name} is {tensor.dtype}; supported are {', '.join(map(str, FLOATS))}")
 
 
+def _first(parameter: torch.Tensor) -> list[float]:
+    """A few elements, to tell weights apart that were drawn from other seeds."""
+    return [] if parameter.is_meta else parameter.detach().reshape(-1)[:4].float().tolist()
+
+
 def _model_fields(model: nn.Module, config: CompileConfig) -> dict[str, str]:
     shapes = ";".join(f"{name}{list(each.shape)}{each.dtype}" for name, each in model.named_parameters())
     settings: Any = getattr(model, "config", None)
@@ -158,6 +178,7 @@ def _model_fields(model: nn.Module, config: CompileConfig) -> dict[str, str]:
         "the model's configuration": fingerprint.digest(
             settings.to_json_string() if hasattr(settings, "to_json_string") else ""
         ),
+        "the parameters": fingerprint.digest(repr([_first(each) for each in model.parameters()])),
         "the parameters' shapes": fingerprint.digest(shapes),
         "the pipeline": fingerprint.digest(repr(config.pipeline)),
         **{f"the option {name}": str(value) for name, value in asdict(config).items() if name != "pipeline"},

@@ -136,20 +136,24 @@ def _refuse_writes(gm: fx.GraphModule) -> None:
             )
 
 
+def _model_inputs(gm: fx.GraphModule) -> list[fx.Node]:
+    """Tensors that the caller passes: those that hold tokens by name, or all."""
+    inputs = [
+        node
+        for node in gm.graph.find_nodes(op="placeholder")
+        if isinstance(node.meta["val"], torch.Tensor) and node.meta["val"].dim() and not node.meta["weight"]
+    ]
+    return [node for node in inputs if node.name in TOKEN_INPUTS] or inputs
+
+
 def _has_one_token(gm: fx.GraphModule) -> bool:
-    named = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder") if node.name in TOKEN_INPUTS]
-    return bool([value for value in named if value.dim() > 1 and value.shape[1] == 1])
+    values = [node.meta["val"] for node in _model_inputs(gm)]
+    return bool(values) and bool(values[0].shape[min(1, values[0].dim() - 1)] == 1)
 
 
 def _find_tokens(gm: fx.GraphModule) -> tuple[dict[str, int], sympy.Symbol | None]:
     """Placeholders that hold the tokens, with their token dim, and the symbol of the token length."""
-    inputs = [
-        node
-        for node in gm.graph.find_nodes(op="placeholder")
-        if isinstance(node.meta["val"], torch.Tensor) and not node.meta["weight"]
-    ]
-    named = [node for node in inputs if node.name in TOKEN_INPUTS]
-    for node in named or inputs:
+    for node in _model_inputs(gm):
         for dim, size in enumerate(node.meta["val"].shape):
             if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol):
                 return {node.name: dim}, size.node.expr

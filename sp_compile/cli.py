@@ -42,7 +42,3 @@ def _one_line(error: SPCompileError) -> str:
     where = f" (rank {rank})" if rank is not None else ""
     first, *more = str(error).splitlines()
     return f"error{where}: {first}" + (" (--debug shows the rest)" if more else "")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

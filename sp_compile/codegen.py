@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import sympy
-from torch import fx
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor
 
 from sp_compile.compat import compile_graph
 from sp_compile.program import Program
+
+Variant = tuple[list[Any], dict[str, sympy.Symbol], Callable[..., Any]]  # guards, symbols, code
 
 
 class LocalProgram:
@@ -21,10 +22,10 @@ class LocalProgram:
     with the true sizes of each call: where one does not hold, the graph is compiled again for those sizes.
     """
 
-    def __init__(self, program: Program, build: Callable[[], Program], codegen: str) -> None:
+    def __init__(self, program: Program, build: Callable[[Mapping[str, int]], Program], codegen: str) -> None:
         self._build = build
         self._codegen = codegen
-        self._variants: list[tuple[list[Any], dict[str, sympy.Symbol], Callable[..., Any]]] = []
+        self._variants: list[Variant] = []
         self._fresh: Program | None = program
         self.compiles = 0
 
@@ -36,27 +37,23 @@ class LocalProgram:
         return self._compile(sizes)(*inputs)
 
     def _compile(self, sizes: Mapping[str, int]) -> Callable[..., Any]:
-        program = self._fresh if self._fresh is not None else self._build()
-        self._fresh = None
+        fresh, self._fresh = self._fresh, None
+        variant = self._generate(fresh if fresh is not None else self._build(sizes))
+        if not _hold(*variant[:2], sizes):  # traced for other sizes
+            variant = self._generate(self._build(sizes))
+            assert _hold(*variant[:2], sizes), "code generated for these sizes fits them"
+        self._variants.append(variant)
+        return variant[2]
+
+    def _generate(self, program: Program) -> Variant:
         self.compiles += 1
         assert program.local_inputs is not None
         symbols = {name: size.node.expr for name, size in program.symbols.items()}
         if self._codegen == "eager":
-            run: Callable[..., Any] = program.gm
-            guards: list[Any] = []
-        else:
-            mode = next(each.fake_mode for each in program.local_inputs if isinstance(each, FakeTensor))
-            run = compile_graph(_flat(program.gm), program.local_inputs, tracing(TracingContext(mode)))
-            guards = _guards(mode.shape_env)
-        self._variants.append((guards, symbols, run))
-        return run
-
-
-def _flat(gm: fx.GraphModule) -> fx.GraphModule:
-    """Inductor wants a flat tuple of outputs; captured graphs return one already."""
-    (result,) = gm.graph.output_node().args
-    assert isinstance(result, (tuple, list)), "captured graphs return a tuple"
-    return gm
+            return [], symbols, program.gm
+        mode = next(each.fake_mode for each in program.local_inputs if isinstance(each, FakeTensor))
+        run = compile_graph(program.gm, program.local_inputs, tracing(TracingContext(mode)))
+        return _guards(mode.shape_env), symbols, run
 
 
 def _guards(shape_env: Any) -> list[Any]:
@@ -67,4 +64,6 @@ def _guards(shape_env: Any) -> list[Any]:
 
 def _hold(guards: list[Any], symbols: Mapping[str, sympy.Symbol], sizes: Mapping[str, int]) -> bool:
     values = {symbol: sizes[name] for name, symbol in symbols.items() if name in sizes}
-    return all(bool(guard.xreplace(values)) if hasattr(guard, "xreplace") else bool(guard) for guard in guards)
+    found = [guard.xreplace(values) if hasattr(guard, "xreplace") else guard for guard in guards]
+    # what still depends on data is asserted in the code itself
+    return all(bool(each) for each in found if not getattr(each, "free_symbols", None))

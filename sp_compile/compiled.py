@@ -34,7 +34,7 @@ class Compiled:
 
     Args:
         program, steps: the rewritten program and what each pass did.
-        build: makes the program anew, for code that rests on other sizes.
+        build: makes the program anew with these sizes, for code that rests on others.
         capture: captures the same graph for a number of ranks, to be analysed.
         codegen: ``inductor`` or ``eager``.
     """
@@ -43,7 +43,7 @@ class Compiled:
         self,
         program: Program,
         steps: list[PassStep],
-        build: Callable[[], Program],
+        build: Callable[[Mapping[str, int]], Program],
         capture: Callable[[int], Program],
         codegen: str,
     ) -> None:

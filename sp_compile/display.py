@@ -96,7 +96,7 @@ def _fallbacks(result: JobResult) -> Table:
 def show_diffs(report: Report, console: Console) -> None:
     """What every pass changed in the graph, as coloured diffs."""
     for step in report.steps:
-        title = f"{step.name}: {_count(step.nodes_changed, 'line')} changed, {step.seconds * 1e3:.0f} ms"
+        title = f"{step.name}: {_count(step.lines_changed or 0, 'line')} changed, {step.seconds * 1e3:.0f} ms"
         console.rule(Text(title, "bold"), align="left")
         for line in step.diff.splitlines():
             console.print(Text(line, COLOURS.get(line[:1], "")), soft_wrap=True)

@@ -48,6 +48,7 @@ class EagerAttention:
         self.masks: list[Any] = []
         self.biases: list[Any] = []
         self.empty_mean = False
+        self.needs_lse = False
         self.heads: tuple[Any, Any] | None = None
 
     def scores_over_tokens(self, softmax: fx.Node) -> bool:
@@ -68,6 +69,7 @@ class EagerAttention:
         scores, sink = self._without_sink(softmax)
         weights = self._weights(softmax, sink is not None)
         values = self._value_product(weights)
+        self.needs_lse = sink is not None or bool(self._lse_users(scores))
         self._anchor_at(min([values, *self._lse_users(scores)]), values, sink)
         self._find_heads(scores)
         inner = self._peel(scores)
@@ -208,20 +210,21 @@ class EagerAttention:
             adapt = self._adapt(node)
             args: Any = node.args
             stripped = self._without_row_maximum(node)
+            shifted = node.target is aten.add.Tensor and constant(args[1]) is not None
+            if self.needs_lse and (shifted or stripped is not node):
+                raise NearestMiss(f"%{node.name} shifts the scores, of which the log-sum-exp is used")
             if stripped is not node:
                 node = stripped
-            elif node.target in (aten._to_copy.default, aten.type_as.default, aten.reshape.default):
+            elif node.target in (aten._to_copy.default, aten.type_as.default, aten.reshape.default) or shifted:
                 node = args[0]
             elif node.target is aten.add.Tensor and not node.kwargs and is_tensor(args[1]):
                 first = self._has_score(args[0])
                 self.add_bias(args[1] if first else args[0], adapt)
                 node = args[0] if first else args[1]
-            elif node.target is aten.add.Tensor and constant(args[1]) is not None:
-                node = args[0]
             elif self._hides(node):
                 mask, node = self._hidden(node, adapt)
                 self.masks.append(mask)
-            elif node.target in (aten.maximum.default, aten.max.other) and _is_blind(args[1]):
+            elif node.target in (aten.maximum.default, aten.max.other) and _is_blind(args[1], node):
                 node = args[0]
             else:
                 return node
@@ -230,9 +233,9 @@ class EagerAttention:
     def _hides(self, node: fx.Node) -> bool:
         args: Any = node.args
         if node.target in (aten.where.self, aten.where.ScalarOther):
-            return self._has_score(args[1]) and _is_blind(args[2])
+            return self._has_score(args[1]) and _is_blind(args[2], node)
         if node.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
-            return self._has_score(args[0]) and _is_blind(args[2])
+            return self._has_score(args[0]) and _is_blind(args[2], node)
         return False
 
     def _hidden(self, node: fx.Node, adapt: Adapt) -> tuple[Any, fx.Node]:
@@ -254,11 +257,11 @@ class EagerAttention:
             self.lifter.is_matrix(args[0]) and len(shape_of(args[0])) == len(shape_of(node))
         ):
             self.add_bias(args[0], adapt)
-        elif node.target in (aten.where.self, aten.where.ScalarOther, aten.where.Scalar) and _is_blind(args[2]):
+        elif node.target in (aten.where.self, aten.where.ScalarOther, aten.where.Scalar) and _is_blind(args[2], node):
             self._note_blind(args[2])
             self.masks.append(self.lifter.lift(args[0], adapt))
             self._add_rest(args[1], adapt)
-        elif node.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor) and _is_blind(args[2]):
+        elif node.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor) and _is_blind(args[2], node):
             self._note_blind(args[2])
             self.masks.append(self.lifter.call("not", self.lifter.lift(args[1], adapt)))
             self._add_rest(args[0], adapt)
@@ -386,6 +389,9 @@ class EagerAttention:
         return node
 
 
-def _is_blind(fill: Any) -> bool:
-    value = constant(fill)
-    return isinstance(value, (int, float)) and value <= -_BLIND
+def _is_blind(fill: Any, hidden: fx.Node) -> bool:
+    """Whether a score of this value is never attended to in the dtype of ``hidden``."""
+    value, lowest = constant(fill), torch.finfo(torch.float32).min
+    if is_tensor(hidden) and hidden.meta["val"].is_floating_point():
+        lowest = torch.finfo(hidden.meta["val"].dtype).min
+    return isinstance(value, (int, float)) and value <= max(-_BLIND, lowest)

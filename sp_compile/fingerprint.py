@@ -18,7 +18,6 @@ from sp_compile.mesh import Group
 from sp_compile.program import Program, lines
 
 PATIENCE = 5.0  # seconds that survivors of a failure wait for each other, to tell who is missing
-RECENT = 60.0  # seconds for which what a rank says of its failure counts
 RAISED, ALIVE = "raised", "alive"
 
 
@@ -29,12 +28,12 @@ def agreement(group: Group) -> Iterator[dict[str, str]]:
     Raises:
         RankMismatchError: names the field, the ranks that differ from the most common value, and the values.
         RankFailedError: the block raised on another rank, or that rank died.
-        SPCompileError: what the block raised on this rank.
+        Exception: what the block raised on this rank.
     """
     fields: dict[str, str] = {}
     try:
         yield fields
-    except SPCompileError as problem:
+    except Exception as problem:
         _exchange(group, {RAISED: f"{type(problem).__name__}: {problem}"})
         raise
     compare(group, fields)
@@ -75,6 +74,7 @@ def naming_failed_ranks(group: Group) -> Iterator[None]:
     Raises:
         RankFailedError: a collective of the block failed.
     """
+    start = time.time()
     try:
         yield
     except SPCompileError:
@@ -83,7 +83,7 @@ def naming_failed_ranks(group: Group) -> Iterator[None]:
         if group.process_group is None:
             raise
         own = not _is_of_collective(error)
-        missing, told = _roll_call(group, f"{type(error).__name__}: {error}" if own else "")
+        missing, told = _roll_call(group, start, f"{type(error).__name__}: {error}" if own else "")
         if own:
             raise
         causes = [f"rank {rank} raised {text}" for rank, text in told] + [f"rank {rank} died" for rank in missing]
@@ -98,14 +98,14 @@ def _is_of_collective(error: Exception) -> bool:
     )
 
 
-def _roll_call(group: Group, problem: str) -> tuple[list[int], list[tuple[int, str]]]:
+def _roll_call(group: Group, start: float, problem: str) -> tuple[list[int], list[tuple[int, str]]]:
     """Say that this rank is alive, or what it raised; ranks that do not answer in time, and what others raised."""
     missing, told = [], []
     try:
         store = group_store(group.process_group)
         store.set(f"sp_compile/failed/{group.rank}", f"{time.time()} {problem or ALIVE}")
         for rank in range(group.size) if not problem else ():
-            answer = _answer(store, rank)
+            answer = _answer(store, rank, start)
             if answer is None:
                 missing.append(rank)
             elif answer != ALIVE:
@@ -115,24 +115,28 @@ def _roll_call(group: Group, problem: str) -> tuple[list[int], list[tuple[int, s
     return missing, told
 
 
-def _answer(store: Any, rank: int) -> str | None:
-    """What a rank says of itself now; what it said at an earlier failure does not count."""
+def _answer(store: Any, rank: int, start: float) -> str | None:
+    """What a rank says of itself; what it said at an earlier failure, well before ``start``, does not count."""
     key, deadline = f"sp_compile/failed/{rank}", time.time() + PATIENCE
     while time.time() < deadline:
         if store.check([key]):
             at, _, text = store.get(key).decode().partition(" ")
-            if abs(time.time() - float(at)) < RECENT:
+            if float(at) > start - PATIENCE:
                 return str(text)
         time.sleep(0.05)
     return None
 
 
-def of_inputs(named: Mapping[str, torch.Tensor], lengths: Sequence[int]) -> dict[str, str]:
-    """Shapes, dtypes, requests and contents of the inputs."""
-    shapes = {f"the shape of {name}": f"{list(each.shape)} {each.dtype}" for name, each in sorted(named.items())}
+def of_inputs(named: Mapping[str, torch.Tensor], lengths: Sequence[int], options: Mapping[str, Any]) -> dict[str, str]:
+    """Shapes, dtypes, requests and contents of the inputs, and all other arguments."""
+    shapes = {
+        f"the shape of {name}": f"{list(each.shape)} {each.dtype} of strides {list(each.stride())}"
+        for name, each in sorted(named.items())
+    }
+    others = {f"the argument {name}": repr(value) for name, value in sorted(options.items())}
     shown = str(list(lengths)) if len(lengths) <= 8 else f"{len(lengths)} requests {digest(str(list(lengths)))}"
     contents = {f"the values of {name}": _content(each) for name, each in named.items()}
-    return {**shapes, "the requests": shown, **contents}
+    return {**shapes, **others, "the requests": shown, **contents}
 
 
 def _content(tensor: torch.Tensor) -> str:
@@ -142,8 +146,11 @@ def _content(tensor: torch.Tensor) -> str:
         flat = flat.contiguous().view(
             {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
         )
-    weights = torch.arange(1, flat.numel() + 1, device=flat.device)
-    return f"checksum {int((flat.to(torch.int64) * weights).sum()):x}"
+    total = 0
+    for part in flat.split(1 << 20):  # the products are eight times as wide as a byte
+        weights = torch.arange(1, part.numel() + 1, device=flat.device)
+        total = (total * 31 + int((part.to(torch.int64) * weights).sum())) % 2**64
+    return f"checksum {total:x}"
 
 
 def of_graph(program: Program) -> dict[str, str]:

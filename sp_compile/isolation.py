@@ -16,8 +16,9 @@ from torch import fx
 
 from sp_compile.errors import RequestsMixedError
 from sp_compile.masks import MaskKind, Masks, keys_per_query, read_masks
-from sp_compile.placements import Shard
+from sp_compile.placements import REPLICATE, Partial, Placement, Shard
 from sp_compile.program import Program, op_name, placement, source_line
+from sp_compile.rules import Call, NoRule, apply
 from sp_compile.score_rule import assigns, evaluate
 from sp_compile.symbols import is_tensor, token_dims
 
@@ -136,10 +137,13 @@ class _Mixers:
         self.program = program
         self.from_tokens: set[fx.Node] = set()  # computed from the tokens, integers included
         self.activations: set[fx.Node] = set()
+        self.crossed: set[fx.Node] = set()  # integers computed from the ids of several tokens
         self.places: set[fx.Node] = set()  # computed from row numbers
 
     def find(self) -> str | None:
         """What mixes requests, if anything does."""
+        if self.program.tokens is None:
+            return "the model fixes the token length, and nothing tells its requests apart"
         for node in self.program.graph.nodes:
             reason = self._visit(node)
             if reason is not None:
@@ -166,8 +170,11 @@ class _Mixers:
             reason = self._mixes(node, inputs)
         elif inputs & self.from_tokens:
             self.from_tokens.add(node)
+            if inputs & self.crossed or self._runs_over_tokens(node, inputs):
+                self.crossed.add(node)
             if _is_float(node):
                 self.activations.add(node)
+                reason = "computes from the ids of other tokens" if node in self.crossed else None
         elif inputs & self.places or self._numbers_rows(node):
             self.places.add(node)
         return reason
@@ -183,6 +190,22 @@ class _Mixers:
         if isinstance(placement(node), Shard) and any(self._is_of_single_tokens(each) for each in inputs):
             return "brings single tokens to all others"
         return None
+
+    def _runs_over_tokens(self, node: fx.Node, inputs: set[fx.Node]) -> bool:
+        """Whether the op on token ids could not be computed row by row."""
+        if op_name(node) == "redistribute":
+            return False
+        rows: dict[fx.Node, Placement] = {}
+        for each in filter(is_tensor, inputs):
+            dims = token_dims(each, self.program.tokens) if each in self.from_tokens else {}
+            rows[each] = Shard(next(iter(dims))) if list(dims.values()) == [1] else REPLICATE
+        if REPLICATE in [rows[each] for each in rows if each in self.from_tokens] or not rows:
+            return bool(rows)
+        assert self.program.tokens is not None
+        try:
+            return isinstance(apply(Call(node, self.program.tokens, rows)).output, Partial)
+        except NoRule:
+            return True
 
     def _numbers_rows(self, node: fx.Node) -> bool:
         """Whether the node makes something of the row's length out of nothing of that length, other than a fill."""

@@ -28,7 +28,7 @@ Show = Callable[[str], AbstractContextManager[Any]]  # announces a step; entered
 
 @dataclass(frozen=True)
 class RankResult:
-    """What one rank did: tokens and causal query-key pairs, bytes at the peak above the start, median seconds."""
+    """What one rank did: tokens and query-key pairs, bytes at the peak above the start, median seconds."""
 
     rank: int
     tokens: int

@@ -197,7 +197,7 @@ def attend(
     out = q_BHQD.new_zeros(batch, queries, heads, v_BGKE.shape[-1], dtype=wide).transpose(1, 2)
     lse = q_BHQD.new_full((batch, heads, queries), -torch.inf, dtype=wide)
     written = np.zeros(queries, dtype=bool)
-    for tile in _sized(tiles, kernel):
+    for tile in _sized(tiles) if kernel is _dense or assigns(rule, "bias") else tiles:
         mask, bias = _tile_mask(tile, operands, rule, valid)
         rows, keys = slice(tile.q_start, tile.q_end), slice(tile.k_start, tile.k_end)
         change = _score_change(tile, operands, rule) if changed else None
@@ -209,10 +209,8 @@ def attend(
     return out.to(q_BHQD.dtype), lse
 
 
-def _sized(tiles: Sequence[Tile], kernel: Callable[..., Partial]) -> list[Tile]:
-    """The dense kernel holds its scores: cut its tiles; a causal tile is masked there like any other."""
-    if kernel is not _dense:
-        return list(tiles)
+def _sized(tiles: Sequence[Tile]) -> list[Tile]:
+    """Cut tiles whose scores or biases are held; a causal tile is masked there like any other."""
     return [
         Tile(start, min(start + DENSE_QUERIES, tile.q_end), tile.k_start, tile.k_end,
              PARTIAL if tile.kind == CAUSAL else tile.kind)

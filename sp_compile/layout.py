@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,25 +36,26 @@ MAX_TILES = 2048
 
 def _cut(lengths: np.ndarray, blocks: int, block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Start and size of ``block`` of each request cut into ``blocks`` parts, the first parts carrying the remainder."""
-    base, rest = np.divmod(lengths[None, :, None], blocks)
-    block = block[:, None, :]
-    return base * block + np.minimum(rest, block), base + (block < rest)
+    base, rest = np.divmod(lengths, blocks)
+    block = block[:, :, None]  # requests last: numpy is slow along a short last dim
+    starts, sizes = base * block + np.minimum(rest, block), base + (block < rest)
+    return np.ascontiguousarray(starts.transpose(0, 2, 1)), np.ascontiguousarray(sizes.transpose(0, 2, 1))
 
 
 def contiguous(lengths: np.ndarray, sp: int) -> tuple[np.ndarray, np.ndarray]:
     """Rank r holds one run of ``L // sp + (r < L % sp)`` tokens of every request.
 
-    Returns starts (within the request) and sizes, int64 ``[sp, requests, 1]``.
+    Returns starts (within the request) and sizes, ``[sp, requests, 1]`` in the dtype of ``lengths``.
     """
-    return _cut(lengths, sp, np.arange(sp)[:, None])
+    return _cut(lengths, sp, np.arange(sp, dtype=lengths.dtype)[:, None])
 
 
 def zigzag(lengths: np.ndarray, sp: int) -> tuple[np.ndarray, np.ndarray]:
     """Rank r holds blocks r and ``2 * sp - 1 - r`` of ``2 * sp``, as in zigzag ring attention.
 
-    Returns starts (within the request) and sizes, int64 ``[sp, requests, 2]``.
+    Returns starts (within the request) and sizes, ``[sp, requests, 2]`` in the dtype of ``lengths``.
     """
-    rank = np.arange(sp)
+    rank = np.arange(sp, dtype=lengths.dtype)
     return _cut(lengths, 2 * sp, np.stack([rank, 2 * sp - 1 - rank], axis=1))
 
 
@@ -149,16 +151,18 @@ def token_layout(lengths: Sequence[int], sp: int, scheme: str = "zigzag", min_sh
 
 @lru_cache(maxsize=64)
 def _build(lengths: tuple[int, ...], sp: int, scheme: str, min_shard_length: int) -> TokenLayout:
-    sizes_of = np.asarray(lengths, dtype=np.int64)
+    total = sum(lengths)
+    narrow: Any = np.int32 if total < 2**31 else np.int64  # there are up to 2 * sp * requests blocks
+    sizes_of = np.asarray(lengths, dtype=narrow)
     starts, sizes = SCHEMES[scheme](sizes_of, sp)
-    starts = starts + (np.cumsum(sizes_of) - sizes_of)[None, :, None]
-    per_rank = sizes.sum(axis=(1, 2))
+    starts += (np.cumsum(sizes_of, dtype=narrow) - sizes_of)[None, :, None]
+    per_rank = sizes.sum(axis=(1, 2), dtype=np.int64)
     shard_length = max(int(per_rank.max()), min_shard_length)
-    total = int(sizes_of.sum())
 
     held = sizes.reshape(-1) > 0
     block_sizes, block_starts = sizes.reshape(-1)[held], starts.reshape(-1)[held]
-    rows = np.arange(total) + np.repeat(block_starts - (np.cumsum(block_sizes) - block_sizes), block_sizes)
+    shifts = block_starts - np.cumsum(block_sizes, dtype=narrow) + block_sizes
+    rows = np.arange(total, dtype=narrow) + np.repeat(shifts, block_sizes)
 
     valid = np.arange(shard_length) < per_rank[:, None]
     local_index = np.zeros((sp, shard_length), dtype=np.int64)

@@ -28,7 +28,7 @@ _DIRECT = {
 }  # fmt: skip
 _BITWISE = {"__and__": "and", "bitwise_and": "and", "__or__": "or", "bitwise_or": "or", "bitwise_not": "not",
             "__xor__": "xor", "bitwise_xor": "xor"}  # fmt: skip
-_TRANSPARENT = {"expand", "clone", "contiguous", "alias", "detach", "type_as", "expand_as"}
+_TRANSPARENT = {"expand", "clone", "contiguous", "alias", "detach", "expand_as"}
 _FILLS = {"zeros": 0, "zeros_like": 0, "ones": 1, "ones_like": 1, "new_zeros": 0, "new_ones": 1}
 
 Adapt = Callable[[fx.Graph, fx.Node], fx.Node]
@@ -143,6 +143,10 @@ class Lifter:
             raise NotLifted(f"{name} with alpha={arguments['alpha']}")
         if name in _TRANSPARENT:
             return self.lift(node.args[0], adapt)
+        if arguments.get("rounding_mode") is not None:
+            if arguments["rounding_mode"] != "floor":
+                raise NotLifted(f"{name} that rounds by {arguments['rounding_mode']}")
+            name = "floor_divide"
         if name in _DIRECT:
             return self.call(_DIRECT[name], *(self.lift(each, adapt) for each in node.args))
         if name in _BITWISE and node.meta["val"].dtype == torch.bool:
@@ -156,7 +160,7 @@ class Lifter:
             return self.call("where", mask, fill, value)
         if name in ("tril", "triu"):
             return self._triangle(node, name, adapt)
-        if name == "_to_copy":
+        if name in ("_to_copy", "to", "type_as"):
             return self._cast(node, adapt)
         if name == "unsqueeze" and self.is_matrix(node.args[0]):
             return self.lift(node.args[0], unsqueezed(int(node.args[1]), len(shape_of(node)), adapt))

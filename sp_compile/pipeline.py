@@ -19,7 +19,7 @@ from sp_compile.errors import (
     SPCompileError,
     nearest,
 )
-from sp_compile.invariants import Invariant, Violation
+from sp_compile.invariants import LOCAL, LOWERED, Invariant, Violation
 from sp_compile.program import Program, lines
 
 
@@ -51,8 +51,13 @@ class PassStep:
     name: str
     before: str
     after: str
-    nodes_changed: int
+    lines_changed: int | None
     seconds: float
+
+    @property
+    def changed(self) -> str:
+        """Lines of the graph's text that changed, or ``-`` where no text was kept."""
+        return "-" if self.lines_changed is None else str(self.lines_changed)
 
     @property
     def diff(self) -> str:
@@ -72,6 +77,10 @@ def registered_passes() -> dict[str, type[Pass]]:
 def build_pipeline(spec: Sequence[Any] | None = None, attention: str | None = None) -> tuple[Pass, ...]:
     """Passes from names and ``{name: options}`` maps; the default pipeline without a spec.
 
+    Args:
+        spec: the entries, in order.
+        attention: strategy of ``shard_attention`` where the entry does not say.
+
     Raises:
         ConfigError: an unknown pass or option; the message names the nearest known one.
         PipelineError: the order breaks an invariant that a pass requires.
@@ -88,6 +97,18 @@ def build_pipeline(spec: Sequence[Any] | None = None, attention: str | None = No
         schedule.append(_construct(known[name], options))
     check_schedule(schedule)
     return tuple(schedule)
+
+
+def check_complete(schedule: Iterable[Pass]) -> None:
+    """Check that a graph which went through all passes is one that ranks can run.
+
+    Raises:
+        PipelineError: names what is missing and the passes that establish it.
+    """
+    held = check_schedule(schedule)
+    for each in (LOWERED, LOCAL):
+        if each not in held:
+            raise PipelineError(f"the pipeline ends without {each.name!r}; add {_makers(each)}")
 
 
 def _entry(entry: Any) -> tuple[str, dict[str, Any]]:
@@ -108,8 +129,13 @@ def _construct(kind: type[Pass], options: Mapping[str, Any]) -> Pass:
     return kind(**options)
 
 
-def check_schedule(schedule: Iterable[Pass]) -> None:
-    """Check that every pass finds the invariants it requires.
+def _makers(invariant: Invariant) -> str:
+    makers = [name for name, kind in registered_passes().items() if invariant in kind.establishes]
+    return " or ".join(makers) or "a pass that establishes it"
+
+
+def check_schedule(schedule: Iterable[Pass]) -> set[Invariant]:
+    """Check that every pass finds the invariants it requires, and return those that hold at the end.
 
     Raises:
         PipelineError: names the pass, the missing invariant and the passes that establish it.
@@ -118,13 +144,13 @@ def check_schedule(schedule: Iterable[Pass]) -> None:
     for each in schedule:
         missing = [invariant for invariant in each.requires if invariant not in held]
         if missing:
-            makers = [name for name, kind in registered_passes().items() if missing[0] in kind.establishes]
             raise PipelineError(
                 f"pass {each.name!r} requires {missing[0].name!r}, which no pass before it establishes; "
-                f"put {' or '.join(makers) or 'a pass that establishes it'} before it"
+                f"put {_makers(missing[0])} before it"
             )
         held -= set(each.breaks)
         held |= set(each.establishes)
+    return held
 
 
 def run_pipeline(
@@ -159,7 +185,7 @@ def run_pipeline(
             _check(program, held, PostconditionError, f"after pass {each.name!r}")
         after = "\n".join(lines(program)) if trace else ""
         changed = set(before.splitlines()) ^ set(after.splitlines())
-        steps.append(PassStep(each.name, before, after, len(changed), seconds))
+        steps.append(PassStep(each.name, before, after, len(changed) if trace else None, seconds))
     program.gm.recompile()
     return steps
 

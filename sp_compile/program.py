@@ -42,8 +42,11 @@ class Program:
         sp: number of ranks.
         group_name: process group of the collectives.
         token_inputs: placeholders whose rows are cut to the rank's, with their token dim.
+        outputs: ``full`` or ``sharded``.
         fallbacks: what was computed on gathered inputs.
         local_inputs: fake inputs of the local graph, once shapes are local.
+        symbols: sizes of the local graph by name: ``tokens``, ``shard_length``, ``q_bounds``, ``k_bounds``.
+        hints: example values for them, where code must fit certain sizes.
     """
 
     gm: fx.GraphModule
@@ -55,6 +58,7 @@ class Program:
     fallbacks: list[Fallback] = field(default_factory=list)
     local_inputs: list[Any] | None = None
     symbols: dict[str, torch.SymInt] = field(default_factory=dict)
+    hints: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def graph(self) -> fx.Graph:
@@ -76,6 +80,7 @@ class Program:
 
     def index_input(self, name: str) -> fx.Node:
         """The placeholder of one of :data:`INDEX_INPUTS`, added at the end of the inputs on first use."""
+        assert name in INDEX_INPUTS, name
         last = None
         for node in self.graph.nodes:
             if node.op != "placeholder":

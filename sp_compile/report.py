@@ -143,8 +143,8 @@ def _text(report: Report) -> list[str]:
     ]
     for rank, (tokens, area) in enumerate(zip(report.tokens_per_rank, report.attention_area_per_rank, strict=True)):
         text.append(f"{rank:4}  {tokens:6}  {area:14}")
-    text += ["", "pass                     nodes changed  seconds"]
-    text += [f"{step.name:24} {step.nodes_changed:13}  {step.seconds:7.3f}" for step in report.steps]
+    text += ["", "pass                     lines changed  seconds"]
+    text += [f"{step.name:24} {step.changed:>13}  {step.seconds:7.3f}" for step in report.steps]
     text += ["", f"{len(report.collectives)} collectives, {report.bytes_sent} bytes sent by each rank"]
     text += [
         f"  {each.kind:10} {each.bytes_sent:12} bytes  {each.shape:24} {each.source}" for each in report.collectives

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import Any
 
 import torch
@@ -71,8 +71,10 @@ class ParallelModule(nn.Module):
         self._static: set[Any] = set()
         self._step: Step | None = None
         self._explained: Mapping[str, Any] | None = None
-        self._run = torch.compile(module, backend=self._backend, fullgraph=True)
-        self.train(module.training)
+        self.training = module.training
+        # not as a submodule, which would list all parameters twice
+        self.__dict__["_run"] = torch.compile(module, backend=self._backend, fullgraph=True)
+        self.__dict__["forward"] = _with_signature_of(module.forward, self.forward)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -100,11 +102,9 @@ class ParallelModule(nn.Module):
             RankMismatchError: ranks disagree on configuration, inputs or graph.
             RankFailedError: another rank raised or died.
         """
-        if self.training and torch.is_grad_enabled():
-            raise UnsupportedModelError(
-                "training through sp_compile is not supported yet; call model.eval(), or wrap the call in "
-                "torch.no_grad()"
-            )
+        if self.training:
+            raise UnsupportedModelError("training through sp_compile is not supported yet; call model.eval()")
+        kwargs = self.options(kwargs)
         with fingerprint.naming_failed_ranks(self.group):
             named, layout = self._agree(args, kwargs)
             self.layout = layout
@@ -120,6 +120,7 @@ class ParallelModule(nn.Module):
         Raises:
             The errors of :meth:`forward`, but for those about ranks.
         """
+        batch = self.options(batch)
         named, layout = self._lay_out((), batch)
         self.layout, self._explained = layout, batch
         self._step = Step(layout, {}, from_pack(named))
@@ -133,6 +134,18 @@ class ParallelModule(nn.Module):
             self._step = self._explained = None
         raise AssertionError("the captured graph ran")
 
+    def options(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of a forward, with ``use_cache=False`` for a batch from ``pack`` that does not say.
+
+        With a cache, transformers models do not keep packed requests apart, and nothing could be decoded from it.
+        """
+        tensors = {name: each for name, each in kwargs.items() if isinstance(each, torch.Tensor)}
+        parameters = self._signature.parameters
+        passes_on = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+        configured = hasattr(getattr(self.module, "config", None), "use_cache")
+        takes_cache = "use_cache" in parameters or (passes_on and configured)
+        return {"use_cache": False, **kwargs} if takes_cache and from_pack(tensors) else dict(kwargs)
+
     def report(self) -> Report:
         """What the last forward ran: passes, collectives with bytes, rows per rank, fallbacks.
 
@@ -143,9 +156,12 @@ class ParallelModule(nn.Module):
             raise BatchError("there is no report before the first forward; call the model once")
         return self._last.report(self.layout)
 
-    def build(self, gm: fx.GraphModule, trace: bool = False) -> tuple[Program, list[PassStep]]:
+    def build(
+        self, gm: fx.GraphModule, trace: bool = False, hints: Mapping[str, int] | None = None
+    ) -> tuple[Program, list[PassStep]]:
         """Capture Dynamo's graph into a program and run the pipeline on it."""
         program = capture(gm, self.group.size, self.group.name, self.compile_config.outputs)
+        program.hints = hints or {}
         steps = run_pipeline(program, self.pipeline, self.compile_config.verify_passes, trace)
         return program, steps
 
@@ -156,7 +172,8 @@ class ParallelModule(nn.Module):
         with fingerprint.agreement(self.group) as fields:
             named, layout = self._lay_out(args, kwargs)
             if self.group.size > 1:
-                fields.update(fingerprint.of_inputs(named, layout.lengths))
+                others = {name: each for name, each in kwargs.items() if not isinstance(each, torch.Tensor)}
+                fields.update(fingerprint.of_inputs(named, layout.lengths, others))
         return named, layout
 
     def _lay_out(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], TokenLayout]:
@@ -208,7 +225,7 @@ class ParallelModule(nn.Module):
         compiled = Compiled(
             program,
             steps,
-            build=lambda: self.build(gm)[0],
+            build=lambda sizes: self.build(gm, hints=sizes)[0],
             capture=lambda sp: capture(gm, sp, "analysed", "full"),
             codegen=self.compile_config.codegen,
         )
@@ -233,6 +250,16 @@ class ParallelModule(nn.Module):
                 f"strict=True, but {each.op} ({each.source or 'no source line'}) is computed on gathered inputs: "
                 f"{each.reason}; {len(program.fallbacks)} such ops in all"
             )
+
+
+def _with_signature_of(model: Callable[..., Any], run: Callable[..., Any]) -> Callable[..., Any]:
+    """``run`` under the signature and the docstring of the model's forward, which libraries look at."""
+
+    @wraps(model)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return run(*args, **kwargs)
+
+    return forward
 
 
 @lru_cache(maxsize=8)

@@ -22,8 +22,6 @@ from typing import Any
 import numpy as np
 import torch
 
-OUTPUTS = ("mask", "bias", "score")
-
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "copy": lambda value: value,
     "add": torch.add,

@@ -69,7 +69,8 @@ def test_the_job_on_two_ranks():
     assert 0 < result.unsharded.max_abs_diff <= result.unsharded.limit
     assert [each.rank for each in result.ranks] == [0, 1]
     assert sum(each.tokens for each in result.ranks) == sum(result.lengths)
-    assert sum(each.attention_area for each in result.ranks) == sum(n * (n + 1) // 2 for n in result.lengths)
+    layers = result.config["model"]["config"]["num_hidden_layers"]
+    assert sum(each.attention_area for each in result.ranks) == layers * sum(n * (n + 1) // 2 for n in result.lengths)
     assert result.bytes_sent > 0
     assert result.fallbacks == []
     assert result.forward_seconds > 0

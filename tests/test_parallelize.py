@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -197,6 +198,8 @@ def test_one_rank_needs_no_process_group_and_leaves_the_model_as_it_is():
     assert parallel.config is model.config
     assert parallel.device == model.device
     assert parallel.generation_config is model.generation_config
+    assert inspect.signature(parallel.forward) == inspect.signature(model.forward)
+    assert parallel.state_dict().keys() == {f"module.{name}" for name in model.state_dict()}
     assert dict(parallel.named_parameters()).keys() == {f"module.{name}" for name, _ in model.named_parameters()}
     with pytest.raises(AttributeError, match=r"model.module.generate\(\)"):
         _ = parallel.generate
@@ -213,8 +216,9 @@ def test_verify_tells_right_from_wrong():
     with torch.no_grad():  # the unsharded model changes, the compiled one reads a copy
         parallel.module = llama(rms_norm_eps=1e-2)
     assert not sp_compile.verify(parallel, batch)
-    with pytest.raises(UnsupportedModelError, match="verify needs a model from parallelize"):
-        sp_compile.verify(model, batch)
+    assert sp_compile.verify(model, batch, codegen="eager")  # a plain model, on one rank
+    with pytest.raises(UnsupportedModelError, match="verify compares whole outputs"):
+        sp_compile.verify(sp_compile.parallelize(model, sp=1, outputs="sharded"), batch)
 
 
 @pytest.mark.parametrize(
@@ -291,6 +295,9 @@ def test_packed_requests_are_refused_where_a_cache_makes_the_model_mix_them():
     with pytest.raises(RequestsMixedError):
         parallel(**packed(5, 3), attention_mask=torch.ones(1, 8, dtype=torch.int64), use_cache=False)
     parallel(**packed(8), use_cache=True)  # one request alone is fine
+    with torch.no_grad():  # a packed batch that does not say is run without a cache
+        alone = [parallel.module(each[None]).logits for each in tokens(8).split((5, 3))]
+        assert error(parallel(**packed(5, 3)).logits, torch.cat(alone, dim=1)) <= 1e-5
     by_hand = {name: value.clone() for name, value in packed(5, 3).items()}
     parallel(**by_hand, use_cache=True)  # the user's own batch gives what the model makes of it
 

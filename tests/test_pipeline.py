@@ -6,8 +6,10 @@ import dataclasses
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+from sp_compile.api import parallelize
 from sp_compile.errors import ConfigError, PipelineError
 from sp_compile.invariants import RAISED
 from sp_compile.passes.minimize_communication import MinimizeCommunication
@@ -85,6 +87,14 @@ def test_an_order_that_misses_an_invariant_is_refused_with_the_passes_that_estab
         build_pipeline(spec)
 
 
+def test_a_pipeline_that_ends_early_cannot_run_on_ranks():
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(PipelineError, match=r"ends without 'local_shapes'; add localize_shapes"):
+        parallelize(model, sp=1, pipeline=without("localize_shapes"))
+    with pytest.raises(PipelineError, match=r"ends without 'lowered'; add lower_redistributes"):
+        parallelize(model, sp=1, pipeline=[])
+
+
 def test_a_schedule_by_hand_is_checked_alike():
     with pytest.raises(PipelineError, match=r"'raise_attention' requires 'canonical'.*put normalize before it"):
         check_schedule([RaiseAttention()])
@@ -102,7 +112,7 @@ def test_a_step_shows_what_its_pass_changed():
     assert [line[0] for line in changed] == ["-", "+"]
     assert "aten.view(" in changed[0]
     assert "aten.reshape(" in changed[1]
-    assert step.nodes_changed == 2
+    assert step.lines_changed == 2
     assert step.seconds > 0
 
 

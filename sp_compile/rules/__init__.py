@@ -36,7 +36,7 @@ RULES: dict[str, Rule] = _table(
         pointwise.floor_divide: "aten::floor_divide",
         # dims
         views.view: "aten::view aten::_unsafe_view aten::reshape aten::flatten aten::unflatten",
-        views.expand: "aten::expand aten::broadcast_to aten::expand_as",
+        views.expand: "aten::expand aten::expand_as",
         views.permute: "aten::permute aten::transpose aten::t aten::numpy_T aten::swapaxes",
         views.unsqueeze: "aten::unsqueeze",
         views.squeeze: "aten::squeeze",
@@ -53,8 +53,8 @@ RULES: dict[str, Rule] = _table(
         views.pad: "aten::pad aten::constant_pad_nd",
         views.slice_scatter: "aten::slice_scatter aten::select_scatter",
         # constants
-        views.creation: "aten::zeros aten::ones aten::full aten::empty",
-        views.metadata_only: "aten::new_zeros aten::new_ones aten::new_full aten::new_empty",
+        views.creation: "aten::zeros aten::ones aten::full aten::empty aten::new_zeros aten::new_ones aten::new_full "
+        "aten::new_empty",
         # products
         contractions.matmul: "aten::matmul aten::mm aten::bmm",
         contractions.addmm: "aten::addmm aten::baddbmm",

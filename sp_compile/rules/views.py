@@ -8,7 +8,7 @@ import sympy
 from torch import fx
 
 from sp_compile.placements import REPLICATE, Partial, Placement, Shard
-from sp_compile.rules.base import Call, NoRule, Outcome, only_input, output_shape, rank_of, replicate_others
+from sp_compile.rules.base import Call, NoRule, Outcome, only_input, output_shape, rank_of
 from sp_compile.rules.select import select_rows
 from sp_compile.symbols import coefficient, product, shape_of
 
@@ -202,12 +202,12 @@ def repeat(call: Call) -> Outcome:
 def repeat_interleave(call: Call) -> Outcome:
     """Copies element by element; copies along the token dim lie inside of it."""
     values = call.arguments()
-    source, dim = values["self"], values["dim"]
+    source, dim = values.get("self"), values.get("dim")
     placement = only_input(call, source)
     if dim is None:
         raise NoRule("flattens the token dim")
     if not isinstance(values["repeats"], int):
-        raise NoRule("repeats a symbolic number of times")
+        raise NoRule("repeats a number of times that is not a constant")
     if dim % rank_of(source) != placement.dim:
         return Outcome(placement.at(placement.dim))
     return Outcome(Shard(placement.dim, placement.outer, placement.inner * values["repeats"], placement.order))
@@ -238,13 +238,3 @@ def slice_scatter(call: Call) -> Outcome:
         target = placement.at(at)
         return Outcome(target, {into: target, source: target.at(at - (1 if dropped and dim < at else 0))})
     raise NoRule("no input is sharded")
-
-
-def metadata_only(call: Call) -> Outcome:
-    """``new_zeros`` and the like: the input only lends dtype and device."""
-    return creation(call)
-
-
-def replicated(call: Call) -> Outcome:
-    """Inputs are gathered by design, not for want of a rule."""
-    return Outcome(REPLICATE, replicate_others(call))

@@ -1,0 +1,122 @@
+"""Masks evaluated on the host, and what is said of packed requests from them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+import sp_compile
+from sp_compile.errors import RequestsMixedError
+from sp_compile.masks import keys_per_query
+from sp_compile.score_rule import evaluate
+from tests.zoo.models import tokens
+
+CAUSAL = "mask = le(x1, x0)"
+WINDOW = "t0 = le(x1, x0); t1 = sub(x0, x1); t2 = lt(t1, 20); mask = and(t0, t2)"
+PACKED = "t0 = le(x1, x0); t1 = eq(x2, x3); mask = and(t0, t1)"
+PREFIX = "t0 = le(x1, x0); t1 = lt(x1, 7); mask = or(t0, t1)"
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.sampled_from([CAUSAL, WINDOW, PACKED, PREFIX]), st.lists(st.integers(1, 120), min_size=1, max_size=5))
+def test_keys_are_counted_exactly(rule: str, lengths: list[int]):
+    total = sum(lengths)
+    rows, owner = torch.arange(total), torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    operands = [rows[:, None], rows[None, :], owner[:, None], owner[None, :]]
+    expected = evaluate(rule, operands, ("mask",))["mask"].expand(total, total).sum(dim=1)
+    assert keys_per_query(rule, operands, total).tolist() == expected.tolist()
+
+
+def test_what_is_not_known_counts_as_seen():
+    rows = torch.arange(100)
+    rule = "t0 = le(x1, x0); mask = and(t0, x2)"
+    found = keys_per_query(rule, [rows[:, None], rows[None, :], None], 100)
+    assert found.tolist() == (rows + 1).tolist()
+    assert (keys_per_query(rule, [rows[:, None], rows[None, :], None], 100, coarsest=64) >= found).all()
+
+
+def test_no_mask_sees_all():
+    assert keys_per_query("bias = copy(x0)", [torch.zeros(1, 9)], 9).tolist() == [9] * 9
+
+
+def test_a_matrix_that_was_not_lifted_is_counted():
+    matrix = torch.rand(70, 70, generator=torch.Generator().manual_seed(0)) > 0.4
+    assert (keys_per_query("mask = copy(x0)", [matrix], 70) == matrix.sum(1).numpy()).all()
+
+
+class Layer(torch.nn.Module):
+    """One attention whose mask is chosen, positions by embedding, and one more op before the head."""
+
+    def __init__(self, mask: str, positions: str = "ids", extra: str = "none") -> None:
+        super().__init__()
+        self.mask, self.positions, self.extra = mask, positions, extra
+        self.embed, self.place = torch.nn.Embedding(128, 16), torch.nn.Embedding(256, 16)
+        self.qkv, self.head = torch.nn.Linear(16, 48), torch.nn.Linear(16, 128)
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        rows = torch.arange(input_ids.shape[1], device=input_ids.device)
+        x = self.embed(input_ids) + self.place(position_ids if self.positions == "ids" else rows)
+        q, k, v = (each[:, None] for each in self.qkv(x).split(16, dim=-1))
+        owner = torch.cumsum(position_ids[0] == 0, 0)
+        keep = rows[:, None] >= rows
+        if self.mask != "causal":
+            keep = keep & (owner[:, None] == owner)
+        if self.mask == "chunks of the row":
+            keep = keep & (rows[:, None] // 8 == rows // 8)
+        if self.mask == "chunks of the request":
+            keep = keep & (position_ids[0][:, None] // 8 == position_ids[0] // 8)
+        x = x + F.scaled_dot_product_attention(q, k, v, attn_mask=keep)[:, 0]
+        if self.extra == "convolution":
+            x = x + F.conv1d(F.pad(x.transpose(1, 2), (1, 0)), torch.ones(16, 16, 2)).transpose(1, 2)
+        if self.extra == "mean":
+            x = x + x.mean(dim=1, keepdim=True)
+        if self.extra == "first token":
+            x = x + x[:, :1]
+        return self.head(x)
+
+
+def explain(model: torch.nn.Module, sp: int) -> Any:
+    torch._dynamo.reset()
+    return sp_compile.explain(model.eval(), sp_compile.pack(tokens(31).split((11, 13, 7))), sp=sp)
+
+
+@pytest.mark.parametrize("sp", [1, 2])
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (Layer("causal"), r"the attention at .*test_masks.py:\d+ lets a request see the one before it"),
+        (Layer("chunks of the row"), r"the mask of the attention at .*test_masks.py:\d+ depends on where in the row"),
+        (Layer("packed", positions="rows"), r"aten.add .*test_masks.py:\d+\) takes the place of a token in the row"),
+        (Layer("packed", extra="convolution"), r"aten.constant_pad_nd .* computes over the tokens of the whole row"),
+        (Layer("packed", extra="mean"), r"aten.mean .*test_masks.py:\d+\) computes over the tokens of the whole row"),
+        (Layer("packed", extra="first token"), r"aten.add .*test_masks.py:\d+\) brings single tokens to all others"),
+    ],
+    ids=["causal", "chunks of the row", "row positions", "convolution", "mean", "first token"],
+)
+def test_what_mixes_packed_requests_is_named(model: Layer, words: str, sp: int):
+    with pytest.raises(RequestsMixedError, match=words):
+        explain(model, sp)
+
+
+@pytest.mark.parametrize("mask", ["packed", "chunks of the request"])
+def test_requests_that_are_kept_apart_are_taken(mask: str):
+    report = explain(Layer(mask), 2)
+    assert report.fallbacks == []
+    sizes = (11, 13, 7)
+    whole = [n * (n + 1) // 2 for n in sizes]
+    chunked = [sum(c * (c + 1) // 2 for c in (8, n - 8) if c > 0) if n > 8 else n * (n + 1) // 2 for n in sizes]
+    assert sum(report.attention_area_per_rank) == sum(whole if mask == "packed" else chunked)
+
+
+def test_the_area_of_a_rank_is_that_of_its_rows():
+    report = explain(Layer("packed"), 2)
+    counts = np.concatenate([np.arange(1, n + 1) for n in (11, 13, 7)])
+    layout = sp_compile.token_layout((11, 13, 7), 2, min_shard_length=2)
+    expected = [int(counts[layout.local_index[r][layout.valid[r]].numpy()].sum()) for r in range(2)]
+    assert report.attention_area_per_rank == expected
