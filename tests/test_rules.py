@@ -307,7 +307,7 @@ GATHERED = [
     Case("aten.cat", "concatenates along the token dim", lambda x: torch.cat([x, 2 * x], 1)),
     Case("aten.repeat", "a symbolic number of times", lambda x: x.repeat(1, x.shape[1], 1)),
     Case("aten.repeat_interleave", "flattens the token dim", lambda x: x.repeat_interleave(2)),
-    Case("aten.repeat_interleave", "a number of times that is not a constant", lambda x: x.repeat_interleave(x.shape[1], 1)),
+    Case("aten.repeat_interleave", "a number of times", lambda x: x.repeat_interleave(x.shape[1], 1)),
     Case("aten.constant_pad_nd", "pads the token dim", lambda x: F.pad(x, (0, 0, 1, 0))),
     Case("aten.slice_scatter", "writes over part of the token dim",
          lambda x, w: aten.slice_scatter.default(x, w, 1, 0, 2), w(1, 2, 8)),
