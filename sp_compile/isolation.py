@@ -20,7 +20,7 @@ from sp_compile.placements import REPLICATE, Partial, Placement, Shard
 from sp_compile.program import Program, op_name, placement, source_line
 from sp_compile.rules import Call, NoRule, apply
 from sp_compile.score_rule import assigns, evaluate
-from sp_compile.symbols import is_tensor, token_dims
+from sp_compile.symbols import is_float, is_tensor, token_dims
 
 # Rows that are chosen by what they hold (expert routing) go back to their tokens.
 ROW_MOVES = frozenset({"aten.index", "aten.index_select", "aten.index_add", "aten.gather", "aten.scatter_add"})
@@ -158,7 +158,7 @@ class _Mixers:
         if node.op == "placeholder":
             if node.name in self.program.token_inputs:
                 self.from_tokens.add(node)
-                if _is_float(node):
+                if is_float(node):
                     self.activations.add(node)
             return None
         if node.op != "call_function":
@@ -172,7 +172,7 @@ class _Mixers:
             self.from_tokens.add(node)
             if inputs & self.crossed or self._runs_over_tokens(node, inputs):
                 self.crossed.add(node)
-            if _is_float(node):
+            if is_float(node):
                 self.activations.add(node)
                 reason = "computes from the ids of other tokens" if node in self.crossed else None
         elif inputs & self.places or self._numbers_rows(node):
@@ -180,12 +180,12 @@ class _Mixers:
         return reason
 
     def _mixes(self, node: fx.Node, inputs: set[fx.Node]) -> str | None:
-        if not _is_float(node) or node.target is torch.ops.sp_compile.attention.default:
+        if not is_float(node) or node.target is torch.ops.sp_compile.attention.default:
             return None
         if "fallback" in node.meta:
-            routed = op_name(node) in ROW_MOVES and not all(_is_float(each) for each in inputs & self.activations)
+            routed = op_name(node) in ROW_MOVES and not all(is_float(each) for each in inputs & self.activations)
             return None if routed else f"computes over the tokens of the whole row: {node.meta['fallback']}"
-        if any(_is_float(each) for each in inputs & self.places):
+        if any(is_float(each) for each in inputs & self.places):
             return "takes the place of a token in the row, not its position_ids"
         if isinstance(placement(node), Shard) and any(self._is_of_single_tokens(each) for each in inputs):
             return "brings single tokens to all others"
@@ -214,11 +214,5 @@ class _Mixers:
         return not any(is_tensor(each) and token_dims(each, self.program.tokens) for each in node.all_input_nodes)
 
     def _is_of_single_tokens(self, node: fx.Node) -> bool:
-        one = node in self.activations and is_tensor(node) and _is_float(node)
+        one = node in self.activations and is_tensor(node) and is_float(node)
         return one and not token_dims(node, self.program.tokens)
-
-
-def _is_float(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    values = value if isinstance(value, (tuple, list)) else (value,)
-    return any(isinstance(each, torch.Tensor) and each.is_floating_point() for each in values)

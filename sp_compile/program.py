@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from sp_compile.placements import REPLICATE, Placement, describe
-from sp_compile.symbols import is_tensor, length_input, token_dims
+from sp_compile.symbols import is_float, is_tensor, length_input, tensors_of, token_dims
 
 LETTERS = {"tokens": "T", "shard_length": "n", "q_bounds": "q", "k_bounds": "k"}
 INDEX_INPUTS = ("local_index", "gathered_index", "gathered_valid", "restore_index", "rank", "q_bounds", "k_bounds")
@@ -102,26 +102,17 @@ def uncut_tokens(program: Program) -> list[tuple[fx.Node, int, list[fx.Node]]]:
         is_input = node.op == "placeholder" and node.name in program.token_inputs
         if is_input:
             whole[node] = program.token_inputs[node.name]
-        elif node.op != "call_function" or not _tensors(node) or whole.keys().isdisjoint(node.all_input_nodes):
+        elif node.op != "call_function" or not tensors_of(node) or whole.keys().isdisjoint(node.all_input_nodes):
             continue
-        elif not _is_float(node) and op_name(node) != "redistribute":
+        elif not is_float(node) and op_name(node) != "redistribute":
             dims = token_dims(node, program.tokens)
             whole[node] = next(iter(dims)) if list(dims.values()) == [1] else None
     for node, dim in whole.items():
-        users = [user for user in node.users if _tensors(user) and op_name(user) != "redistribute"]
-        users = [user for user in users if (_is_float(node) or _is_float(user)) and "fallback" not in user.meta]
+        users = [user for user in node.users if tensors_of(user) and op_name(user) != "redistribute"]
+        users = [user for user in users if (is_float(node) or is_float(user)) and "fallback" not in user.meta]
         if users and dim is not None:
             found.append((node, dim, users))
     return found
-
-
-def _tensors(node: fx.Node) -> list[torch.Tensor]:
-    value = node.meta.get("val")
-    return [each for each in (value if isinstance(value, (tuple, list)) else [value]) if isinstance(each, torch.Tensor)]
-
-
-def _is_float(node: fx.Node) -> bool:
-    return any(each.dtype.is_floating_point or each.dtype.is_complex for each in _tensors(node))
 
 
 def placement(node: fx.Node) -> Any:

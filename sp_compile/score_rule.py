@@ -38,7 +38,6 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "sigmoid": torch.sigmoid,
     "maximum": torch.maximum,
     "minimum": torch.minimum,
-    "clamp": torch.clamp,
     "le": torch.le,
     "lt": torch.lt,
     "ge": torch.ge,
@@ -126,7 +125,7 @@ def _needed(rule: str, outputs: tuple[str, ...]) -> tuple[Assignment, ...]:
 
 
 def _call(function: str, inputs: list[Any], device: torch.device) -> torch.Tensor:
-    if function not in ("pow", "clamp"):
+    if function != "pow":
         wide = any(isinstance(each, torch.Tensor) and each.dtype == torch.float64 for each in inputs)
         floats = torch.float64 if wide else torch.float32
         inputs = [each if isinstance(each, torch.Tensor) else _number(each, floats, device) for each in inputs]
@@ -173,7 +172,7 @@ def _interval(function: str, inputs: list[Interval]) -> Interval:
     rule = _INTERVALS.get(function)
     if rule is not None:
         return rule(*inputs)
-    return (np.asarray(0.0), np.asarray(1.0)) if function in ("xor", "bool") else _UNKNOWN
+    return (np.asarray(0.0), np.asarray(1.0)) if function == "xor" else _UNKNOWN
 
 
 def _compare(low: np.ndarray, high: np.ndarray) -> Interval:

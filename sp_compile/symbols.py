@@ -26,6 +26,17 @@ def is_tensor(node: Any) -> bool:
     return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor)
 
 
+def tensors_of(node: fx.Node) -> list[torch.Tensor]:
+    """The tensors that the node carries: one, those of a tuple, or none."""
+    value = node.meta.get("val")
+    return [each for each in (value if isinstance(value, (tuple, list)) else [value]) if isinstance(each, torch.Tensor)]
+
+
+def is_float(node: fx.Node) -> bool:
+    """Whether any of the node's tensors holds real or complex numbers, not integers."""
+    return any(each.dtype.is_floating_point or each.dtype.is_complex for each in tensors_of(node))
+
+
 def coefficient(size: sympy.Expr, tokens: sympy.Symbol | None) -> int:
     """``c`` when the size is ``c * tokens``, else 0."""
     if tokens is None or tokens not in size.free_symbols:

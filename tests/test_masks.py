@@ -69,6 +69,13 @@ class Layer(torch.nn.Module):
             keep = keep & (owner[:, None] == owner)
         if self.mask == "chunks of the row":
             keep = keep & (rows[:, None] // 8 == rows // 8)
+        if self.mask == "buckets":
+            keep = keep & (torch.div(rows[:, None] - rows, 3, rounding_mode="floor") < 4)
+        if self.mask == "inverted float":
+            far = (rows[:, None] - rows > 9).to(torch.int64)
+            keep = (1.0 - far.type_as(x)) * keep.type_as(x) > 0.5
+        if self.mask == "-inf everywhere else":
+            keep = torch.full(keep.shape, -torch.inf).masked_fill(keep, 0.0)
         if self.mask == "chunks of the request":
             keep = keep & (position_ids[0][:, None] // 8 == position_ids[0] // 8)
         x = x + F.scaled_dot_product_attention(q, k, v, attn_mask=keep)[:, 0]
@@ -120,3 +127,22 @@ def test_the_area_of_a_rank_is_that_of_its_rows():
     layout = sp_compile.token_layout((11, 13, 7), 2, min_shard_length=2)
     expected = [int(counts[layout.local_index[r][layout.valid[r]].numpy()].sum()) for r in range(2)]
     assert report.attention_area_per_rank == expected
+
+
+def error_on_ranks(mask: str) -> tuple[float, int]:
+    model = Layer(mask).eval()
+    inputs = {"input_ids": tokens(1, 31), "position_ids": torch.cat([torch.arange(n) for n in (11, 13, 7)])[None]}
+    torch.manual_seed(0)
+    for each in model.parameters():
+        torch.nn.init.normal_(each)
+    parallel = sp_compile.parallelize(model, codegen="eager")
+    with torch.no_grad():
+        found, expected = parallel(**inputs), model(**inputs)
+    return ((found - expected).abs().max() / expected.abs().max()).item(), len(parallel.report().fallbacks)
+
+
+@pytest.mark.parametrize("mask", ["packed", "buckets", "inverted float", "-inf everywhere else", "chunks of the row"])
+def test_masks_that_are_lifted_are_right_on_ranks(ranks, mask: str):
+    for error, fallbacks in ranks(3).run(error_on_ranks, mask):
+        assert error <= 1e-5
+        assert fallbacks == 0
