@@ -60,6 +60,8 @@ class Isolation:
         owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
         together = self.masks.evaluate(inputs)
         for kind, operands in zip(self.masks.kinds, together, strict=True):
+            if kind.chosen:
+                return f"the attention at {kind.source} chooses its keys by the tokens of the whole row"
             if not assigns(kind.rule, "mask") or keys_per_query(*_across(kind.rule, operands, owner), tokens).any():
                 return f"the attention at {kind.source} lets a request see the one before it"
         ends = np.cumsum(lengths).tolist()

@@ -17,7 +17,7 @@ from torch import fx
 
 from sp_compile.program import Program, source_line
 from sp_compile.score_rule import Interval, assigns, mask_ranges
-from sp_compile.symbols import is_tensor
+from sp_compile.symbols import is_tensor, shape_of
 
 LEAF = 32
 UNKNOWN: Interval = (np.asarray(-np.inf), np.asarray(np.inf))
@@ -25,12 +25,16 @@ UNKNOWN: Interval = (np.asarray(-np.inf), np.asarray(np.inf))
 
 @dataclass(frozen=True)
 class MaskKind:
-    """One rule with the outputs of :attr:`Masks.gm` that are its operands; None where it depends on activations."""
+    """One rule with the outputs of :attr:`Masks.gm` that are its operands; None where it depends on activations.
+
+    ``chosen`` says that which keys a query sees depends on the tokens themselves, as with an indexer.
+    """
 
     rule: str
     operands: tuple[int | None, ...]
     layers: int
     source: str
+    chosen: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,14 +61,32 @@ def read_masks(program: Program, device: torch.device | None = None) -> Masks:
     found: dict[tuple[Any, ...], list[fx.Node]] = {}
     for node in program.graph.find_nodes(op="call_function", target=torch.ops.sp_compile.attention.default):
         found.setdefault((tuple(node.args[3]), node.args[4]), []).append(node)
-    known = _follows_from_inputs(program)
+    known, of_tokens = _follows_from_inputs(program), _depends_on_tokens(program)
     operands = list(dict.fromkeys(each for nodes, _ in found for each in nodes if each in known))
     kinds = tuple(
-        MaskKind(rule, tuple(operands.index(each) if each in known else None for each in nodes), len(users),
-                 source_line(users[0]))
+        MaskKind(
+            rule,
+            tuple(operands.index(each) if each in known else None for each in nodes),
+            len(users),
+            source_line(users[0]),
+            any(each not in known and each in of_tokens and _is_matrix(each, program) for each in nodes),
+        )
         for (nodes, rule), users in found.items()
-    )  # fmt: skip
+    )
     return Masks(*_slice(program, operands, device), kinds)
+
+
+def _depends_on_tokens(program: Program) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        is_input = node.op == "placeholder" and node.name in program.token_inputs
+        if is_input or not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _is_matrix(node: fx.Node, program: Program) -> bool:
+    return len(shape_of(node)) >= 2 and list(shape_of(node)[-2:]) == [program.tokens] * 2
 
 
 def _follows_from_inputs(program: Program) -> set[fx.Node]:

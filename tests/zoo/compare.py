@@ -28,6 +28,8 @@ def batch(kind: str) -> dict[str, Any]:
     """Inputs of one kind: ``plain`` (odd length), ``packed`` (ragged), ``left`` or ``right`` (padded rows)."""
     if kind == "plain":
         return {"input_ids": tokens(1, sum(LENGTHS))}
+    if kind == "packed by another tool":
+        return {name: each.clone() for name, each in batch("packed").items()}
     if kind == "packed":
         return dict(sp_compile.pack(tokens(sum(LENGTHS)).split(LENGTHS)))
     mask = torch.ones(2, 33, dtype=torch.int64)
@@ -50,7 +52,7 @@ def compare(name: str, kind: str, dtype: torch.dtype = torch.float32, codegen: s
         return Outcome(None, f"{type(error).__name__}: {error}", ())
     with torch.no_grad():
         expected = [model(**parallel.options({**inputs, **options}))[0]]
-        if kind == "packed":
+        if kind.startswith("packed"):
             parts = inputs["input_ids"].split(LENGTHS, dim=1)
             expected.append(torch.cat([model(part, **options)[0] for part in parts], dim=1))
     held = inputs.get("attention_mask", torch.ones(found.shape[:2])).bool()

@@ -14,7 +14,7 @@ TOLERANCE = 1e-5
 NOT_ONE_GRAPH = sorted(name for name, entry in ENTRIES.items() if entry["one_graph"] != "yes")
 CAPTURED = sorted(set(ENTRIES) - set(NOT_ONE_GRAPH))
 ISOLATED = [name for name in CAPTURED if ENTRIES[name]["packed_isolated"]]
-MIXING = [name for name in CAPTURED if ENTRIES[name]["packed_isolated"] is False]
+MIXING = [name for name in CAPTURED if ENTRIES[name]["packed_isolated"] is False] + ["dots3_note_text"]
 
 # Unsharded in fp32 they are this far from themselves in fp64, so they are compared in fp64.
 ILL_CONDITIONED = {"hrm_text": "3.8e-5: one block is applied again and again"}
@@ -54,7 +54,13 @@ JUSTIFIED = {
 SOME_MIXING = ("falcon", "gpt_oss", "llama4_text", "lfm3", "opt")  # the others take long
 
 
+# They choose keys by an indexer over the row: apart, but that cannot be proved, so a batch from pack is refused.
+NOT_PROVED = ("dots3_note_text",)
+
+
 def best_kind(name: str) -> str:
+    if name in NOT_PROVED:
+        return "packed by another tool"
     return "packed" if ENTRIES[name]["packed_isolated"] else "plain"
 
 
@@ -109,7 +115,7 @@ def test_padded_rows_of_some_are_right(ranks, name: str, side: str):
 def test_packed_requests_that_would_mix_are_refused_with_the_op(ranks, name: str):
     outcome = run(ranks, name, "packed")
     assert outcome.raised.startswith("RequestsMixedError: packed requests are not kept apart: ")
-    assert ".py:" in outcome.raised or "position_ids" in outcome.raised
+    assert ".py:" in outcome.raised or "position_ids" in outcome.raised or "fixes the token length" in outcome.raised
 
 
 @pytest.mark.parametrize("name", NOT_ONE_GRAPH)
