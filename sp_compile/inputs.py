@@ -92,6 +92,19 @@ def from_pack(named: Mapping[str, torch.Tensor]) -> bool:
     return any(is_packed(each) for each in named.values())
 
 
+def forward_options(module: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a forward, with ``use_cache=False`` for a batch from ``pack`` that does not say.
+
+    With a cache, transformers models do not keep packed requests apart, and nothing could be decoded from it.
+    """
+    tensors = {name: each for name, each in kwargs.items() if isinstance(each, torch.Tensor)}
+    parameters = inspect.signature(module.forward).parameters
+    passes_on = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    configured = hasattr(getattr(module, "config", None), "use_cache")
+    takes_cache = "use_cache" in parameters or (passes_on and configured)
+    return {"use_cache": False, **kwargs} if takes_cache and from_pack(tensors) else dict(kwargs)
+
+
 def mark_token_dims(value: Any, length: int, name: str = "") -> Any:
     """An alias of a tensor whose token dims are marked dynamic; the caller's tensor is not touched."""
     if not isinstance(value, torch.Tensor) or length == 0:

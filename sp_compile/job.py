@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -18,6 +17,7 @@ from sp_compile.api import TOLERANCE, explain, parallelize
 from sp_compile.batch import PackedBatch, pack
 from sp_compile.config import JobConfig
 from sp_compile.errors import ConfigError
+from sp_compile.inputs import forward_options
 from sp_compile.launch import launch
 from sp_compile.loading import build_model, read_requests
 from sp_compile.measure import PeakMemory, machine, median_seconds, seconds, versions
@@ -137,7 +137,7 @@ def load(job: JobConfig, device: torch.device | str) -> tuple[nn.Module, PackedB
 def explain_job(job: JobConfig) -> Report:
     """What the pipeline makes of the job's model for its batch, without weights and ranks."""
     model, batch = load(job, "meta")
-    return explain(model, {**batch, **_no_cache(model)}, sp=job.run.sp, config=job.compile)
+    return explain(model, batch, sp=job.run.sp, config=job.compile)
 
 
 def run_rank(job: JobConfig, show: Show = _silent) -> JobResult | None:
@@ -148,7 +148,7 @@ def run_rank(job: JobConfig, show: Show = _silent) -> JobResult | None:
     with show("building the model and reading the requests"):
         model, batch = load(job, device)
     parallel = parallelize(model, sp=job.run.sp, config=job.compile)
-    forward = _forward(model, parallel, batch)
+    forward = _forward(parallel, batch)
     with show("first forward: capturing, rewriting, generating code"):
         first = seconds(forward, device, _barrier)
     with show(f"{job.run.warmup + job.run.repeats} more forwards"):
@@ -193,24 +193,19 @@ def run_rank(job: JobConfig, show: Show = _silent) -> JobResult | None:
     )
 
 
-def _forward(original: nn.Module, model: nn.Module, batch: PackedBatch) -> Callable[[], Any]:
-    options = _no_cache(original)
+def _forward(model: nn.Module, batch: PackedBatch) -> Callable[[], Any]:
+    options = forward_options(model, batch)
 
     def forward() -> Any:
         with torch.no_grad():
-            return model(**batch, **options)
+            return model(**options)
 
     return forward
 
 
-def _no_cache(model: nn.Module) -> dict[str, Any]:
-    """Nothing is decoded, and with a cache transformers mixes packed requests."""
-    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
-
-
 def compare(job: JobConfig, model: nn.Module, batch: PackedBatch, logits: torch.Tensor) -> Unsharded:
     """Run the unsharded model with all threads of the job, and compare its logits ``[1, T, vocabulary]``."""
-    forward = _forward(model, model, batch)
+    forward = _forward(model, batch)
     threads = torch.get_num_threads()
     torch.set_num_threads(min(threads * job.run.sp, len(os.sched_getaffinity(0))))
     for _ in range(job.run.warmup):

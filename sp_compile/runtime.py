@@ -17,6 +17,7 @@ from sp_compile.config import CompileConfig
 from sp_compile.errors import BatchError, CaptureError, FallbackError, SPCompileError, UnsupportedModelError
 from sp_compile.inputs import (
     check_inputs,
+    forward_options,
     from_pack,
     mark_token_dims,
     named_tensors,
@@ -135,16 +136,8 @@ class ParallelModule(nn.Module):
         raise AssertionError("the captured graph ran")
 
     def options(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments of a forward, with ``use_cache=False`` for a batch from ``pack`` that does not say.
-
-        With a cache, transformers models do not keep packed requests apart, and nothing could be decoded from it.
-        """
-        tensors = {name: each for name, each in kwargs.items() if isinstance(each, torch.Tensor)}
-        parameters = self._signature.parameters
-        passes_on = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
-        configured = hasattr(getattr(self.module, "config", None), "use_cache")
-        takes_cache = "use_cache" in parameters or (passes_on and configured)
-        return {"use_cache": False, **kwargs} if takes_cache and from_pack(tensors) else dict(kwargs)
+        """The arguments of a forward; see :func:`sp_compile.inputs.forward_options`."""
+        return forward_options(self.module, kwargs)
 
     def report(self) -> Report:
         """What the last forward ran: passes, collectives with bytes, rows per rank, fallbacks.
