@@ -50,7 +50,7 @@ class MinimizeCommunication(Pass):
             return
         self._gather_once(program)
         if self.join_keys_and_values:
-            for node in program.graph.find_nodes(op="call_function", target=torch.ops.sp_compile.attention.default):
+            for node in ops.attention_nodes(program.graph):
                 self._join(program, node)
         program.remove_dead_code()
 

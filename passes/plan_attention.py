@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from sp_compile import ops
 from sp_compile.invariants import KEYS_PADDED, PLANNED, RAISED
 from sp_compile.pipeline import Pass
 from sp_compile.placements import REPLICATE, RankLocal
@@ -42,14 +43,15 @@ class PlanAttention(Pass):
         if program.tokens is None:
             return
         plans: dict[Any, fx.Node] = {}
-        for node in program.graph.find_nodes(op="call_function", target=torch.ops.sp_compile.attention.default):
-            q, k, v, operands, rule, scale, empty_mean, _, _, _, valid = node.args
+        for node in ops.attention_nodes(program.graph):
+            args = ops.AttentionArgs(*node.args)
             bounds = program.index_input("q_bounds"), program.index_input("k_bounds")
-            key = (tuple(operands), rule)
+            key = (tuple(args.operands), tuple(args.tables), args.rule)
             if key not in plans:
                 with program.graph.inserting_before(node):
                     plans[key] = program.graph.call_function(
-                        torch.ops.sp_compile.tile_plan.default, (operands, rule, valid, *bounds)
+                        torch.ops.sp_compile.tile_plan.default,
+                        (args.operands, args.tables, args.rule, args.valid, *bounds),
                     )
                 plans[key].meta["placement"] = RankLocal(plans[key].name) if program.parallel else REPLICATE
-            node.args = (q, k, v, operands, rule, scale, empty_mean, plans[key], *bounds, valid)
+            node.args = tuple(args._replace(plan=plans[key]))

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from sp_compile import ops
 from sp_compile.eager_attention import EagerAttention, NearestMiss
 from sp_compile.invariants import CANONICAL, RAISED
 from sp_compile.lift import Lifter
@@ -116,9 +117,9 @@ def _insert(
     unrepeated = _unrepeat(k), _unrepeat(v)
     if shape_of(unrepeated[0])[1] == shape_of(unrepeated[1])[1]:
         k, v = unrepeated
-    args = (q, k, v, lifter.operands, lifter.rule, float(scale), empty_mean, None, None, None, None)
+    args = ops.AttentionArgs(q, k, v, lifter.operands, [], lifter.rule, float(scale), empty_mean)
     with program.graph.inserting_before(node):
-        raised = program.graph.call_function(torch.ops.sp_compile.attention.default, args)
+        raised = program.graph.call_function(torch.ops.sp_compile.attention.default, tuple(args))
         values = fx.map_arg(args, lambda each: each.meta["val"])
         with node.meta["anchor"].fake_mode:
             raised.meta["val"] = torch.ops.sp_compile.attention.default(*values)

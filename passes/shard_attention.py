@@ -22,7 +22,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import fx
 
 from sp_compile import ops
@@ -55,9 +54,9 @@ class ShardAttention(Pass):
         if not program.parallel:
             return
         made: dict[tuple[fx.Node, Placement], fx.Node] = {}
-        for node in program.graph.find_nodes(op="call_function", target=torch.ops.sp_compile.attention.default):
-            q, k, v, operands, *rest = node.args
-            tokens = shape_of(k)[2]
+        for node in ops.attention_nodes(program.graph):
+            args = ops.AttentionArgs(*node.args)
+            tokens = shape_of(args.k)[2]
 
             def ordered(each: fx.Node, node: fx.Node = node, tokens: object = tokens) -> fx.Node:
                 rank = len(shape_of(each))
@@ -67,9 +66,9 @@ class ShardAttention(Pass):
                 target = QueriesByKeys(rank - 2, rank - 1) if both else Gathered(rank - 1)
                 return _moved(program, each, target, node, made)
 
-            keys = [_moved(program, _unmoved(each), Gathered(2), node, made) for each in (k, v)]
-            rest[-1] = program.index_input("gathered_valid")
-            node.args = (q, *keys, [ordered(each) for each in operands], *rest)
+            k, v = (_moved(program, _unmoved(each), Gathered(2), node, made) for each in (args.k, args.v))
+            operands = [ordered(each) for each in args.operands]
+            node.args = tuple(args._replace(k=k, v=v, operands=operands, valid=program.index_input("gathered_valid")))
         program.remove_dead_code()
 
 

@@ -125,7 +125,7 @@ def _same(node: fx.Node, found: Any, expected: Any) -> None:
 def _keys_in_padded_order(program: Program) -> None:
     if not program.parallel:
         return
-    for node in program.graph.find_nodes(op="call_function", target=torch.ops.sp_compile.attention.default):
+    for node in ops.attention_nodes(program.graph):
         for key in node.args[1:3]:
             if placement(key) != Gathered(2):
                 raise Violation(node, f"%{key.name} as Gathered(2)", describe(placement(key)))
@@ -134,8 +134,8 @@ def _keys_in_padded_order(program: Program) -> None:
 def _planned(program: Program) -> None:
     if program.tokens is None:
         return
-    for node in program.graph.find_nodes(op="call_function", target=torch.ops.sp_compile.attention.default):
-        if node.args[7] is None:
+    for node in ops.attention_nodes(program.graph):
+        if ops.AttentionArgs(*node.args).plan is None:
             raise Violation(node, "a tile plan", "none")
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import fx
 
+from sp_compile import ops
 from sp_compile.program import Program, source_line
 from sp_compile.score_rule import Interval, assigns, mask_ranges
 from sp_compile.symbols import is_tensor, shape_of
@@ -59,8 +60,9 @@ def read_masks(program: Program, device: torch.device | None = None) -> Masks:
         device: where the operands are computed, if not where the program runs.
     """
     found: dict[tuple[Any, ...], list[fx.Node]] = {}
-    for node in program.graph.find_nodes(op="call_function", target=torch.ops.sp_compile.attention.default):
-        found.setdefault((tuple(node.args[3]), node.args[4]), []).append(node)
+    for node in ops.attention_nodes(program.graph):
+        args = ops.AttentionArgs(*node.args)
+        found.setdefault((tuple(args.operands), args.rule), []).append(node)
     known, of_tokens = _follows_from_inputs(program), _depends_on_tokens(program)
     operands = list(dict.fromkeys(each for nodes, _ in found for each in nodes if each in known))
     kinds = tuple(

@@ -7,8 +7,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
+from torch import fx
 
 from sp_compile import kernels
 
@@ -29,27 +31,46 @@ def row_numbers(start: int, count: int, length: int, device: torch.device) -> to
     return torch.where(rows < 0, rows + length, rows) if not isinstance(start, int) or start < 0 else rows
 
 
+class AttentionArgs(NamedTuple):
+    """The arguments of an ``attention`` node: ``AttentionArgs(*node.args)``; see :func:`attention`."""
+
+    q: fx.Node
+    k: fx.Node
+    v: fx.Node
+    operands: Sequence[fx.Node]
+    tables: Sequence[fx.Node]
+    rule: str
+    scale: float
+    empty_mean: bool = False
+    kernel: str = "tiles"
+    plan: fx.Node | None = None
+    valid: fx.Node | None = None
+
+
+def attention_nodes(graph: fx.Graph) -> list[fx.Node]:
+    """The canonical attention nodes of a graph, in order."""
+    return list(graph.find_nodes(op="call_function", target=torch.ops.sp_compile.attention.default))
+
+
 @torch.library.custom_op("sp_compile::tile_plan", mutates_args=())
 def tile_plan(
     operands: Sequence[torch.Tensor],
+    tables: Sequence[torch.Tensor],
     rule: str,
     valid: torch.Tensor | None,
     q_bounds: torch.Tensor,
     k_bounds: torch.Tensor,
 ) -> torch.Tensor:
-    """Kind of each attention tile; see :func:`sp_compile.kernels.plan_tiles`."""
-    return kernels.plan_tiles(operands, rule, valid, q_bounds, k_bounds)
+    """Tiles of the scores to compute; see :func:`sp_compile.kernels.plan_tiles`."""
+    kinds = kernels.plan_tiles(operands, rule, valid, q_bounds, k_bounds)
+    tiles = kernels.merged_tiles(kinds, q_bounds, k_bounds)
+    rows = [[each.q_start, each.q_end, each.k_start, each.k_end, each.kind] for each in tiles]
+    return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), 5)
 
 
 @tile_plan.register_fake
-def _(
-    operands: Sequence[torch.Tensor],
-    rule: str,
-    valid: torch.Tensor | None,
-    q_bounds: torch.Tensor,
-    k_bounds: torch.Tensor,
-) -> torch.Tensor:
-    return torch.empty(q_bounds.shape[0] - 1, k_bounds.shape[0] - 1, dtype=torch.int8, device="cpu")
+def _(*args: Any) -> torch.Tensor:
+    return torch.empty(torch.library.get_ctx().new_dynamic_size(), 5, dtype=torch.int64)
 
 
 @torch.library.custom_op("sp_compile::attention", mutates_args=())
@@ -58,13 +79,13 @@ def attention(
     k: torch.Tensor,
     v: torch.Tensor,
     operands: Sequence[torch.Tensor],
+    tables: Sequence[torch.Tensor],
     rule: str,
     scale: float,
-    empty_mean: bool,
-    plan: torch.Tensor | None,
-    q_bounds: torch.Tensor | None,
-    k_bounds: torch.Tensor | None,
-    valid: torch.Tensor | None,
+    empty_mean: bool = False,
+    kernel: str = "tiles",
+    plan: torch.Tensor | None = None,
+    valid: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The canonical attention: softmax of the ruled scores over the keys, times the values, and its log-sum-exp.
 
@@ -72,37 +93,25 @@ def attention(
         q: ``[batch, heads, queries, head_dim]``.
         k: ``[batch, kv_heads, keys, head_dim]``, ``heads % kv_heads == 0``.
         v: ``[batch, kv_heads, keys, value_dim]``.
-        operands, rule: mask and score rule, see :mod:`sp_compile.score_rule`.
+        operands, tables, rule: mask and score rule, see :mod:`sp_compile.score_rule`.
         scale: factor of ``q @ k^T``.
         empty_mean: a row that sees no key gets the mean of the values instead of 0.
-        plan, q_bounds, k_bounds: tile kinds and boundaries; without them all is one partial tile.
+        kernel: which of :data:`sp_compile.kernels.KERNELS` computes it.
+        plan: tiles from ``tile_plan``; without it all is one tile.
         valid: bool ``[keys]``, keys that exist.
 
     Returns:
         Output ``[batch, heads, queries, value_dim]`` in q's dtype and log-sum-exp ``[batch, heads, queries]``.
     """
-    if plan is None or q_bounds is None or k_bounds is None:
-        q_bounds, k_bounds = torch.tensor([0, q.shape[2]]), torch.tensor([0, k.shape[2]])
-        plan = kernels.plan_tiles(operands, rule, valid, q_bounds, k_bounds)
-    tiles = kernels.merged_tiles(plan, q_bounds, k_bounds)
+    if plan is None:
+        plan = tile_plan(operands, tables, rule, valid, torch.tensor([0, q.shape[2]]), torch.tensor([0, k.shape[2]]))
+    tiles = [kernels.Tile(*row) for row in plan.tolist()]
     out, lse = kernels.attend(q, k, v, operands, rule, scale, tiles, valid, empty_mean)
     return out.contiguous(), lse
 
 
 @attention.register_fake
-def _(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    operands: Sequence[torch.Tensor],
-    rule: str,
-    scale: float,
-    empty_mean: bool,
-    plan: torch.Tensor | None,
-    q_bounds: torch.Tensor | None,
-    k_bounds: torch.Tensor | None,
-    valid: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     batch, heads, queries, _ = q.shape
     return q.new_empty(batch, heads, queries, v.shape[-1]), q.new_empty(batch, heads, queries, dtype=wide)

@@ -5,7 +5,8 @@ A rule is text, one assignment per ``;``, so it prints in a graph, hashes, and t
     t0 = le(x1, x0); mask = and(t0, x2)
 
 ``x<i>`` are operands that broadcast to ``[batch, heads, queries, keys]`` (a vector per query has size 1 at the keys and
-the other way round), ``score`` is ``scale * q @ k^T``. A rule assigns any of ``mask`` (bool, True attends), ``bias``
+the other way round), ``table<i>`` are whole tables ``[heads or 1, entries]`` that ``lookup(table0, index)`` reads, and
+``score`` is ``scale * q @ k^T``. A rule assigns any of ``mask`` (bool, True attends), ``bias``
 (added to the score) and ``score`` (replaces the score before the bias). Evaluated on slices of the operands it yields
 the tile of a mask; evaluated on ranges of them it tells which tiles are empty or full, without touching an element.
 """
@@ -21,6 +22,12 @@ from typing import Any
 
 import numpy as np
 import torch
+
+def _lookup(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Entries of a table ``[heads or 1, entries]`` at ``[batch, 1, queries, keys]``, as ``[batch, heads, ...]``."""
+    index = index.reshape((1,) * (4 - index.dim()) + tuple(index.shape)).squeeze(1)
+    return table[:, index.to(torch.int64)].transpose(0, 1)
+
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "copy": lambda value: value,
@@ -52,6 +59,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "bool": lambda value: value.to(torch.bool),
     "int": lambda value: value.to(torch.int64),
     "float": lambda value: value.to(torch.float32),
+    "lookup": _lookup,
 }
 
 
@@ -101,10 +109,15 @@ def format_rule(assignments: Sequence[Assignment]) -> str:
 
 
 def evaluate(
-    rule: str, operands: Sequence[torch.Tensor], outputs: Sequence[str], score: torch.Tensor | None = None
+    rule: str,
+    operands: Sequence[torch.Tensor],
+    outputs: Sequence[str],
+    score: torch.Tensor | None = None,
+    tables: Sequence[torch.Tensor] = (),
 ) -> dict[str, torch.Tensor]:
     """Compute those of ``outputs`` that the rule assigns, on operands that broadcast to a tile of the scores."""
     values: dict[str, Any] = {f"x{i}": operand for i, operand in enumerate(operands)}
+    values |= {f"table{i}": table for i, table in enumerate(tables)}
     values["score"] = score
     device = operands[0].device if operands else (score.device if score is not None else torch.device("cpu"))
     for each in _needed(rule, tuple(outputs)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
+from sp_compile import ops
 from sp_compile.placements import REPLICATE, Gathered, Placement, QueriesByKeys, RankLocal, Shard
 from sp_compile.rules.base import Call, NoRule, Outcome, rank_of
 from sp_compile.symbols import shape_of
@@ -11,10 +12,7 @@ from sp_compile.symbols import shape_of
 
 def attention(call: Call) -> Outcome:
     """Queries sharded along their token dim; keys, values and what masks them whole, in one order for all."""
-    q, k, v, operands = call.node.args[:4]
-    assert isinstance(q, fx.Node)
-    assert isinstance(k, fx.Node)
-    assert isinstance(v, fx.Node)
+    q, k, v, operands, *_ = ops.AttentionArgs(*call.node.args)
     padded = call.placed.get(k) == Gathered(2)
     keys: Placement = Gathered(2) if padded else REPLICATE
     needs: dict[fx.Node, Placement] = {k: keys, v: keys, q: Shard(2)}
