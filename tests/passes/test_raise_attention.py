@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from sp_compile.layout import token_layout
+from sp_compile.ops import AttentionArgs
 from tests.passes.graphs import LENGTHS, Ranks, after, call, calls, embeds, ops_of, outputs, qkv, repeated, run_whole
 
 LOW = torch.finfo(torch.float32).min
@@ -117,26 +118,22 @@ FORMS = {
     "sdpa float mask of finfo.min": Form(lambda x: sdpa(x, added(x)), CAUSAL, empty_mean=True),
     "sdpa masked bias": Form(
         lambda x: sdpa(x, (0.1 * distance(x)).masked_fill(~seen(x), -torch.inf)),
-        "t0 = le(x0, x1); t1 = not(t0); t2 = not(t1); t3 = sub(x2, x3); t4 = mul(t3, 0.1); "
-        "mask = copy(t2); bias = copy(t4)",
+        "mask = le(x0, x1); t0 = sub(x2, x3); bias = mul(t0, 0.1)",
     ),
     "eager": Form(eager, ""),
     "eager added mask": Form(lambda x: eager(x, lambda s: s + added(x)), CAUSAL, empty_mean=True),
     "eager where": Form(lambda x: eager(x, lambda s: torch.where(seen(x), s, LOW)), CAUSAL, empty_mean=True),
-    "eager masked_fill": Form(
-        lambda x: eager(x, lambda s: s.masked_fill(~seen(x), -torch.inf)),
-        "t0 = le(x0, x1); t1 = not(t0); mask = not(t1)",
-    ),
+    "eager masked_fill": Form(lambda x: eager(x, lambda s: s.masked_fill(~seen(x), -torch.inf)), CAUSAL),
     "eager less maximum": Form(lambda x: eager(x, lambda s: s - s.amax(-1, keepdim=True)), ""),
     "eager softcap": Form(
         lambda x: eager(x, lambda s: 3 * torch.tanh(s / 3) + added(x)),
-        "t0 = le(x0, x1); t1 = mul(score, 0.5); t2 = div(t1, 3); t3 = tanh(t2); score = mul(t3, 3); mask = copy(t0)",
+        "mask = le(x0, x1); t0 = mul(score, 0.5); t1 = div(t0, 3); t2 = tanh(t1); score = mul(t2, 3.0)",
         scale=1.0,
         empty_mean=True,
     ),
     "eager ALiBi": Form(
         lambda x: eager(x, lambda s: s + slopes() * distance(x) + added(x)),
-        "t0 = le(x0, x1); t1 = sub(x3, x4); t2 = mul(x2, t1); mask = copy(t0); bias = copy(t2)",
+        "mask = le(x0, x1); t0 = sub(x3, x4); bias = mul(x2, t0)",
         empty_mean=True,
     ),
     "eager ALiBi of keys": Form(
@@ -166,9 +163,9 @@ def program_of(form: Form, last: str) -> Any:
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_attention_becomes_one_node_with_its_rules_that_computes_the_same(form: Form):
     program = program_of(form, "raise_attention")
-    attention = call(program, "sp_compile.attention")
-    assert attention.args[4:7] == (form.rule, form.scale, form.empty_mean)
-    assert [each.meta["val"].shape[1] for each in attention.args[1:3]] == [2, 2]  # not repeated
+    attention = AttentionArgs(*call(program, "sp_compile.attention").args)
+    assert (attention.rule, attention.scale, attention.empty_mean) == (form.rule, form.scale, form.empty_mean)
+    assert [each.meta["val"].shape[1] for each in (attention.k, attention.v)] == [2, 2]  # not repeated
     assert not {"aten.softmax", "aten.scaled_dot_product_attention"} & set(ops_of(program))
     assert [form.misses in each.reason for each in program.fallbacks] == [True] * bool(form.misses)
     found = outputs(program, run_whole(program, embeds(32)))[0]
@@ -216,7 +213,7 @@ def two_columns(x: torch.Tensor) -> torch.Tensor:
 MISSES = {
     "the weights are used 2 times": (returns_weights, r"the weights %softmax are used 2 times"),
     "no product with the values": (sums_weights, r"the weights go into %sum_1, not into a product with the values"),
-    "over queries": (over_queries, r"%softmax is over dim -2"),
+    "over queries": (over_queries, r"%matmul_1 is not a product over the keys"),
     "a change that is not pointwise": (lambda x: eager(x, lambda s: s.cumsum(-1)), r"%cumsum between the product and"),
     "two columns beside the scores": (
         two_columns,
@@ -239,14 +236,20 @@ def test_what_is_almost_attention_is_left_with_the_node_that_does_not_fit(forwar
 @pytest.mark.parametrize(
     ("forward", "reason"),
     [
-        (lambda x: sdpa(x, dropout_p=0.1), "dropout_p=0.1"),
-        (lambda x: F.scaled_dot_product_attention(x, x, x), "not attention of the tokens over themselves"),
+        (lambda x: sdpa(x, dropout_p=0.1), "dropout_p=0.1; call model.eval()"),
+        (
+            lambda x: F.scaled_dot_product_attention(x[None], x[None, :, :4], x[None, :, :4]),
+            "its key %slice_1 is not over the tokens: [1, 1, 4, 32]",
+        ),
     ],
-    ids=["dropout", "three dims"],
+    ids=["dropout", "keys that are no tokens"],
 )
 def test_sdpa_that_is_not_raised_carries_the_reason(forward: Callable[..., Any], reason: str):
     program = after("raise_attention", lambda self, inputs_embeds: forward(inputs_embeds), embeds(32))
-    assert call(program, "aten.scaled_dot_product_attention").meta["not_raised"] == reason
+    assert reason in call(program, "aten.scaled_dot_product_attention").meta["not_raised"]
+    (miss,) = program.fallbacks
+    assert (miss.op, miss.reason) == ("aten.scaled_dot_product_attention", f"attention not raised: {reason}")
+    assert miss.source.startswith("passes/test_raise_attention.py:")
 
 
 def test_a_softmax_over_features_is_not_taken_for_attention():
