@@ -145,8 +145,6 @@ class _Shapes:
         rows, sp = self._shard_length(), self.program.sp
         device = self._device()
         with self.mode:
-            if name in ("q_bounds", "k_bounds"):
-                return torch.empty(self._named(name, 4 if name == "q_bounds" else 6), dtype=torch.int64)
             if name == "rank":
                 return torch.empty((), dtype=torch.int64, device=device)
             if name == "gathered_valid":
@@ -155,9 +153,6 @@ class _Shapes:
             size = self._tokens() if size is None else size
             return torch.empty(size, dtype=torch.int64, device=device)
 
-    def _named(self, name: str, hint: int) -> torch.SymInt:
-        return self.program.symbols[name] if name in self.program.symbols else self.symbol(name, hint)
-
     def _tokens(self) -> torch.SymInt:
         assert self.program.tokens is not None
         if self.program.tokens not in self.lengths:
@@ -165,8 +160,9 @@ class _Shapes:
         return self.lengths[self.program.tokens]
 
     def _shard_length(self) -> torch.SymInt:
-        hint = int(self._tokens().node.hint)
-        return self._named("shard_length", max(2, -(-hint // self.program.sp)) + 1)
+        if "shard_length" in self.program.symbols:
+            return self.program.symbols["shard_length"]
+        return self.symbol("shard_length", max(2, -(-int(self._tokens().node.hint) // self.program.sp)) + 1)
 
     def _device(self) -> torch.device:
         for node in self.program.graph.find_nodes(op="placeholder"):

@@ -1,4 +1,4 @@
-"""Decide once per kind of mask which tiles of the scores are empty, full, or need the mask.
+"""Decide once per kind of mask which regions of the scores are computed.
 
 Requires: ``attention_raised``, ``keys_in_padded_order``.
 Establishes: ``attention_planned``.
@@ -7,12 +7,12 @@ Layers that share a mask share its plan: local and global layers make two plans,
 
 Before::
 
-    %attention = sp_compile.attention(%q, %k, %v, [%rows, %columns], 'mask = le(x1, x0)', 0.25, False, None, ...)
+    %attention = sp_compile.attention(%q, %k, %v, [%rows, %columns], [], 'mask = le(x1, x0)', 0.25, ...)
 
 After::
 
-    %plan = sp_compile.tile_plan([%rows, %columns], 'mask = le(x1, x0)', %gathered_valid, %q_bounds, %k_bounds)
-    %attention = sp_compile.attention(%q, ..., %plan, %q_bounds, %k_bounds, %gathered_valid)
+    %plan = sp_compile.tile_plan([%rows, %columns], [], 'mask = le(x1, x0)', %valid, %local_index, %gathered_index)
+    %attention = sp_compile.attention(%q, %k, %v, ..., plan=%plan, valid=%valid)
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ class PlanAttention(Pass):
         plans: dict[Any, fx.Node] = {}
         for node in ops.attention_nodes(program.graph):
             args = ops.AttentionArgs(*node.args)
-            bounds = program.index_input("q_bounds"), program.index_input("k_bounds")
+            rows = program.index_input("local_index"), program.index_input("gathered_index")
             key = (tuple(args.operands), tuple(args.tables), args.rule)
             if key not in plans:
                 with program.graph.inserting_before(node):
                     plans[key] = program.graph.call_function(
                         torch.ops.sp_compile.tile_plan.default,
-                        (args.operands, args.tables, args.rule, args.valid, *bounds),
+                        (args.operands, args.tables, args.rule, args.valid, *rows),
                     )
                 plans[key].meta["placement"] = RankLocal(plans[key].name) if program.parallel else REPLICATE
             node.args = tuple(args._replace(plan=plans[key]))

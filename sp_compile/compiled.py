@@ -79,8 +79,7 @@ class Compiled:
 
     def run(self, inputs: Sequence[Any], step: Step) -> Any:
         """Run the local graph on the model's inputs and the step's."""
-        sizes = {name: tensor.numel() for name, tensor in step.index_inputs.items() if name.endswith("bounds")}
-        sizes |= {"tokens": step.layout.tokens, "shard_length": step.layout.shard_length}
+        sizes = {"tokens": step.layout.tokens, "shard_length": step.layout.shard_length}
         return self.local([*inputs, *(step.index_inputs[name] for name in self._index_names)], sizes)
 
     def report(self, layout: TokenLayout) -> Report:

@@ -29,10 +29,6 @@ import torch
 
 from sp_compile.errors import BatchError, ConfigError, nearest
 
-MIN_TILE = 64
-TILE = 256
-MAX_TILES = 2048
-
 
 def _cut(lengths: np.ndarray, blocks: int, block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Start and size of ``block`` of each request cut into ``blocks`` parts, the first parts carrying the remainder."""
@@ -76,7 +72,6 @@ class TokenLayout:
         valid: bool ``[sp, shard_length]``, False on padding.
         restore_index: int64 ``[tokens]``, the padded-SP row of each normal-order row.
         tokens_per_rank: rows of each rank without padding.
-        segments: for each rank, the local rows where a run of consecutive tokens starts (int64, ascending).
     """
 
     lengths: tuple[int, ...]
@@ -87,38 +82,11 @@ class TokenLayout:
     valid: torch.Tensor
     restore_index: torch.Tensor
     tokens_per_rank: tuple[int, ...]
-    segments: tuple[np.ndarray, ...]
 
     @property
     def tokens(self) -> int:
         """Tokens of the whole batch."""
         return self.restore_index.numel()
-
-    def tile_bounds(self, rank: int) -> torch.Tensor:
-        """Boundaries of the attention tiles over rank's local rows, int64 ``[tiles + 1]``, at starts of runs.
-
-        At least two tiles where there are two rows, so that the number of tiles is never specialised to one.
-        """
-        count, width = self.tokens_per_rank[rank], max(TILE, -(-self.shard_length // MAX_TILES))
-        starts = self.segments[rank]
-        sizes = np.diff(np.append(starts, count))
-        pieces = -(-sizes // width)
-        first = np.cumsum(pieces) - pieces
-        step = np.arange(pieces.sum()) - np.repeat(first, pieces)
-        cuts = np.repeat(starts, pieces) + step * width
-        narrow = max(MIN_TILE, width // 4)
-        _, keep = np.unique(cuts // narrow, return_index=True)
-        cuts = cuts[keep]
-        ends = [count, self.shard_length] if count < self.shard_length else [count]
-        inner = cuts[(cuts > 0) & (cuts < count)]
-        if len(inner) == 0 and ends[0] in (0, self.shard_length) and self.shard_length > 1:
-            inner = np.asarray([self.shard_length // 2])
-        return torch.from_numpy(np.unique(np.concatenate([[0], inner, ends])).astype(np.int64))
-
-    def gathered_tile_bounds(self) -> torch.Tensor:
-        """Boundaries of the attention tiles over the gathered ``sp * shard_length`` rows, int64 ``[tiles + 1]``."""
-        parts = [self.tile_bounds(rank)[:-1] + rank * self.shard_length for rank in range(self.sp)]
-        return torch.cat([*parts, torch.tensor([self.sp * self.shard_length])])
 
 
 def token_layout(lengths: Sequence[int], sp: int, scheme: str = "zigzag", min_shard_length: int = 1) -> TokenLayout:
@@ -169,11 +137,6 @@ def _build(lengths: tuple[int, ...], sp: int, scheme: str, min_shard_length: int
     restore_index = np.empty(total, dtype=np.int64)
     local_index[valid] = rows
     restore_index[rows] = np.flatnonzero(valid)
-
-    runs = []
-    for of_rank in sizes.reshape(sp, -1):
-        own = of_rank[of_rank > 0]
-        runs.append(np.cumsum(own) - own)
     return TokenLayout(
         lengths=lengths,
         sp=sp,
@@ -183,5 +146,4 @@ def _build(lengths: tuple[int, ...], sp: int, scheme: str, min_shard_length: int
         valid=torch.from_numpy(valid),
         restore_index=torch.from_numpy(restore_index),
         tokens_per_rank=tuple(int(count) for count in per_rank),
-        segments=tuple(runs),
     )

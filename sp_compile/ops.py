@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from sp_compile import kernels
+from sp_compile.kernels.plan import as_tensor, plan_regions
 
 
 def redistribute(value: torch.Tensor) -> torch.Tensor:
@@ -58,19 +59,19 @@ def tile_plan(
     tables: Sequence[torch.Tensor],
     rule: str,
     valid: torch.Tensor | None,
-    q_bounds: torch.Tensor,
-    k_bounds: torch.Tensor,
+    q_rows: torch.Tensor,
+    k_rows: torch.Tensor,
 ) -> torch.Tensor:
-    """Tiles of the scores to compute; see :func:`sp_compile.kernels.plan_tiles`."""
-    kinds = kernels.plan_tiles(operands, rule, valid, q_bounds, k_bounds)
-    tiles = kernels.merged_tiles(kinds, q_bounds, k_bounds)
-    rows = [[each.q_start, each.q_end, each.k_start, each.k_end, each.kind] for each in tiles]
-    return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), 5)
+    """Regions of the scores to compute, int64 ``[regions, 8]``; see :func:`sp_compile.kernels.plan.plan_regions`.
+
+    ``q_rows`` and ``k_rows`` are numbers of the rows that are queries and keys; only how many there are is used.
+    """
+    return as_tensor(plan_regions(operands, tables, rule, valid, q_rows.numel(), k_rows.numel()))
 
 
 @tile_plan.register_fake
 def _(*args: Any) -> torch.Tensor:
-    return torch.empty(torch.library.get_ctx().new_dynamic_size(), 5, dtype=torch.int64)
+    return torch.empty(torch.library.get_ctx().new_dynamic_size(), 8, dtype=torch.int64)
 
 
 @torch.library.custom_op("sp_compile::attention", mutates_args=())
@@ -96,18 +97,18 @@ def attention(
         operands, tables, rule: mask and score rule, see :mod:`sp_compile.score_rule`.
         scale: factor of ``q @ k^T``.
         empty_mean: a row that sees no key gets the mean of the values instead of 0.
-        kernel: which of :data:`sp_compile.kernels.KERNELS` computes it.
-        plan: tiles from ``tile_plan``; without it all is one tile.
+        kernel: what computes it, see :mod:`sp_compile.kernels`.
+        plan: regions from ``tile_plan``, made here where it is None.
         valid: bool ``[keys]``, keys that exist.
 
     Returns:
-        Output ``[batch, heads, queries, value_dim]`` in q's dtype and log-sum-exp ``[batch, heads, queries]``.
+        Output ``[batch, heads, queries, value_dim]`` in q's dtype and log-sum-exp ``[batch, heads, queries]`` in fp32
+        (fp64 for fp64), -inf for a row that sees nothing.
     """
-    if plan is None:
-        plan = tile_plan(operands, tables, rule, valid, torch.tensor([0, q.shape[2]]), torch.tensor([0, k.shape[2]]))
-    tiles = [kernels.Tile(*row) for row in plan.tolist()]
-    out, lse = kernels.attend(q, k, v, operands, rule, scale, tiles, valid, empty_mean)
-    return out.contiguous(), lse
+    out, lse = kernels.attend(kernel, q, k, v, operands, tables, rule, scale, plan, valid)
+    if empty_mean:
+        out = kernels.with_means(out, lse, v, valid)
+    return out.to(q.dtype).contiguous(), lse
 
 
 @attention.register_fake

@@ -14,8 +14,8 @@ from torch import fx
 from sp_compile.placements import REPLICATE, Placement, describe
 from sp_compile.symbols import is_float, is_tensor, length_input, tensors_of, token_dims
 
-LETTERS = {"tokens": "T", "shard_length": "n", "q_bounds": "q", "k_bounds": "k"}
-INDEX_INPUTS = ("local_index", "gathered_index", "gathered_valid", "restore_index", "rank", "q_bounds", "k_bounds")
+LETTERS = {"tokens": "T", "shard_length": "n"}
+INDEX_INPUTS = ("local_index", "gathered_index", "gathered_valid", "restore_index", "rank")
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Program:
         outputs: ``full`` or ``sharded``.
         fallbacks: what was computed on gathered inputs.
         local_inputs: fake inputs of the local graph, once shapes are local.
-        symbols: sizes of the local graph by name: ``tokens``, ``shard_length``, ``q_bounds``, ``k_bounds``.
+        symbols: sizes of the local graph by name: ``tokens``, ``shard_length``.
         hints: example values for them, where code must fit certain sizes.
     """
 

@@ -263,8 +263,6 @@ def _index_inputs(layout: TokenLayout, rank: int, device: torch.device) -> dict[
         "gathered_valid": layout.valid.reshape(-1).to(device),
         "restore_index": layout.restore_index.to(device),
         "rank": torch.tensor(rank, device=device),
-        "q_bounds": layout.tile_bounds(rank),
-        "k_bounds": layout.gathered_tile_bounds(),
     }
 
 

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
+
 def _lookup(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Entries of a table ``[heads or 1, entries]`` at ``[batch, 1, queries, keys]``, as ``[batch, heads, ...]``."""
     index = index.reshape((1,) * (4 - index.dim()) + tuple(index.shape)).squeeze(1)
@@ -36,11 +37,20 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "mul": torch.mul,
     "div": torch.div,
     "floor_divide": torch.floor_divide,
+    "remainder": torch.remainder,
     "neg": torch.neg,
     "abs": torch.abs,
     "pow": torch.pow,
     "exp": torch.exp,
+    "exp2": torch.exp2,
     "log": torch.log,
+    "log2": torch.log2,
+    "log1p": torch.log1p,
+    "sqrt": torch.sqrt,
+    "floor": torch.floor,
+    "ceil": torch.ceil,
+    "round": torch.round,
+    "sign": torch.sign,
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
     "maximum": torch.maximum,
@@ -120,24 +130,26 @@ def evaluate(
     values |= {f"table{i}": table for i, table in enumerate(tables)}
     values["score"] = score
     device = operands[0].device if operands else (score.device if score is not None else torch.device("cpu"))
-    for each in _needed(rule, tuple(outputs)):
+    for each in needed(rule, tuple(outputs)):
         inputs = [values[item] if isinstance(item, str) else item for item in each.arguments]
-        values[each.name] = _call(each.function, inputs, device)
+        values[each.name] = call(each.function, inputs, device)
     return {name: values[name] for name in outputs if assigns(rule, name)}
 
 
 @lru_cache(maxsize=256)
-def _needed(rule: str, outputs: tuple[str, ...]) -> tuple[Assignment, ...]:
-    needed, kept = set(outputs), []
+def needed(rule: str, outputs: tuple[str, ...]) -> tuple[Assignment, ...]:
+    """The assignments of a rule that its outputs rest on, in order."""
+    wanted, kept = set(outputs), []
     for each in reversed(parse(rule)):
-        if each.name in needed:
+        if each.name in wanted:
             kept.append(each)
-            needed.discard(each.name)
-            needed.update(item for item in each.arguments if isinstance(item, str))
+            wanted.discard(each.name)
+            wanted.update(item for item in each.arguments if isinstance(item, str))
     return tuple(reversed(kept))
 
 
-def _call(function: str, inputs: list[Any], device: torch.device) -> torch.Tensor:
+def call(function: str, inputs: Sequence[Any], device: torch.device) -> torch.Tensor:
+    """Compute one function of tensors and numbers."""
     if function != "pow":
         wide = any(isinstance(each, torch.Tensor) and each.dtype == torch.float64 for each in inputs)
         floats = torch.float64 if wide else torch.float32
@@ -170,7 +182,7 @@ def mask_ranges(rule: str, ranges: Sequence[Interval]) -> Interval:
                 values.get(item, _UNKNOWN) if isinstance(item, str) else (np.asarray(float(item)),) * 2
                 for item in each.arguments
             ]
-            low, high = _interval(each.function, inputs)
+            low, high = interval(each.function, inputs)
             # 0 * inf and the like bound nothing
             values[each.name] = np.where(np.isnan(low), -np.inf, low), np.where(np.isnan(high), np.inf, high)
     return _truth(values["mask"])
@@ -181,7 +193,8 @@ def _truth(value: Interval) -> Interval:
     return ((low > 0) | (high < 0)).astype(float), ((low != 0) | (high != 0)).astype(float)
 
 
-def _interval(function: str, inputs: list[Interval]) -> Interval:
+def interval(function: str, inputs: Sequence[Interval]) -> Interval:
+    """Bounds of a function's value from bounds of its arguments; nothing is known where it has no rule."""
     rule = _INTERVALS.get(function)
     if rule is not None:
         return rule(*inputs)

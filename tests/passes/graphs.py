@@ -163,8 +163,6 @@ def _input(program: Program, node: fx.Node, inputs: Mapping[str, torch.Tensor], 
         "gathered_valid": layout.valid.reshape(-1),
         "restore_index": layout.restore_index,
         "rank": torch.tensor(rank),
-        "q_bounds": layout.tile_bounds(rank),
-        "k_bounds": layout.gathered_tile_bounds(),
     }
     if "index_input" in node.meta:
         return index_inputs[node.meta["index_input"]]
