@@ -1,0 +1,44 @@
+"""Kernels behind the canonical attention node.
+
+``tiles`` runs the planned regions through torch's flash kernel on a CPU, and as matrix products elsewhere; ``dense`` is
+attention by its definition, which holds queries x keys elements, and ``dense_fp64`` the same in double precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from sp_compile.kernels import dense, tiles
+from sp_compile.kernels.dense import Partial
+from sp_compile.kernels.plan import as_regions, plan_regions
+
+
+def attend(
+    kernel: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    operands: Sequence[torch.Tensor],
+    tables: Sequence[torch.Tensor],
+    rule: str,
+    scale: float,
+    plan: torch.Tensor | None,
+    valid: torch.Tensor | None,
+) -> Partial:
+    """Run one kernel; see :func:`sp_compile.ops.attention`."""
+    if kernel.startswith("dense"):
+        wide = torch.float64 if kernel == "dense_fp64" else None
+        out, lse = dense.attend(q, k, v, operands, tables, rule, scale, valid, wide)
+        return out, lse.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
+    regions = plan_regions(operands, tables, rule, valid, q.shape[2], k.shape[2]) if plan is None else as_regions(plan)
+    return tiles.attend(q, k, v, operands, tables, rule, scale, regions, valid)
+
+
+def with_means(out: torch.Tensor, lse: torch.Tensor, v_BGKE: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    """Rows that see nothing get the mean of the values: a softmax over equal scores."""
+    held = v_BGKE if valid is None else v_BGKE[:, :, valid]
+    mean = held.to(out.dtype).mean(dim=2, keepdim=True)
+    mean = mean.repeat_interleave(out.shape[1] // mean.shape[1], dim=1)
+    return torch.where((lse == -torch.inf).unsqueeze(-1), mean, out)

@@ -1,0 +1,83 @@
+"""Pieces of the queries or keys: where a rule's vectors are constant or count up, and a tree over them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from sp_compile.kernels.bands import WHOLE
+
+SMALL = 64  # rows below which neighbouring pieces become one
+BRANCH = 8
+
+
+class Vector:
+    """A per-token vector of the rule, seen over pieces."""
+
+    def __init__(self, value: torch.Tensor, of_keys: bool) -> None:
+        self.of_keys = of_keys
+        self.values = value.reshape(-1).to(torch.float64).numpy()
+        self.whole = bool(((self.values == np.floor(self.values)) & (np.abs(self.values) <= WHOLE)).all())
+
+    def cuts(self) -> np.ndarray:
+        """Where a run of constant or counting values ends; none for vectors without such runs."""
+        if not self.whole or len(self.values) < 2:
+            return np.zeros(0, dtype=np.int64)
+        steps = np.diff(self.values)
+        starts = np.flatnonzero(np.diff(steps)) + 1  # where another step begins
+        if len(starts) > len(steps) // 4 + 8:
+            return np.zeros(0, dtype=np.int64)
+        found, fresh = [], -1
+        edges = [0, *starts.tolist()]
+        for at in edges:
+            regular = steps[at] in (0.0, 1.0)
+            if at == fresh or (at == 0 and regular):
+                continue  # a piece begins here anyway
+            fresh = at + 1
+            found.append(fresh)
+        return np.asarray(found, dtype=np.int64)
+
+    def over(self, starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Least and largest value, first value and step of each piece; NaN for the last two where it is irregular."""
+        low, high = np.minimum.reduceat(self.values, starts), np.maximum.reduceat(self.values, starts)
+        first, size = self.values[starts], ends - starts
+        step = np.where(size > 1, self.values[np.minimum(starts + 1, ends - 1)] - first, 0.0)
+        irregular = np.zeros(len(self.values), dtype=bool)
+        if len(self.values) > 2:
+            irregular[2:] = np.diff(self.values, 2) != 0
+        irregular[starts] = False
+        second = starts + 1
+        irregular[second[second < ends]] = False
+        regular = ~np.logical_or.reduceat(irregular, starts) & self.whole
+        return low, high, np.where(regular, first, np.nan), np.where(regular, step, np.nan)
+
+
+class Side:
+    """The pieces of the queries or of the keys, in a tree."""
+
+    def __init__(self, length: int, vectors: Sequence[Vector]) -> None:
+        cuts = np.unique(np.concatenate([np.zeros(1, dtype=np.int64), *(each.cuts() for each in vectors)]))
+        self.starts = _without_small(cuts[cuts < length], length)
+        self.ends = np.append(self.starts[1:], length)
+        self.levels = [(self.starts, self.ends)]
+        while len(self.levels[-1][0]) > BRANCH:
+            starts = self.levels[-1][0][::BRANCH]
+            self.levels.append((starts, np.append(starts[1:], length)))
+
+    def level(self, level: int) -> tuple[np.ndarray, np.ndarray]:
+        """Starts and ends of the pieces, ``BRANCH**level`` of them taken together; at most as far as the tree goes."""
+        return self.levels[min(level, len(self.levels) - 1)]
+
+
+def _without_small(starts: np.ndarray, length: int) -> np.ndarray:
+    """Runs of neighbouring small pieces become larger ones."""
+    sizes = np.diff(np.append(starts, length))
+    if (sizes >= SMALL).all():
+        return starts
+    kept = []
+    for start, size in zip(starts.tolist(), sizes.tolist(), strict=True):
+        if not kept or size >= SMALL or start - kept[-1] >= SMALL:
+            kept.append(start)
+    return np.asarray(kept, dtype=np.int64)
