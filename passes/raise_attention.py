@@ -25,19 +25,22 @@ from typing import Any
 import torch
 from torch import fx
 
-from sp_compile import eager_attention, ops
-from sp_compile.axes import Frame, frame_of, held_dims, new_dims
+from sp_compile import eager_attention, ops, sdpa
+from sp_compile.axes import shape_of
+from sp_compile.eager_attention import EagerAttention
 from sp_compile.insertion import Inserter
 from sp_compile.invariants import CANONICAL, RAISED
-from sp_compile.lift import Lifter
 from sp_compile.lift_ops import NotLifted
+from sp_compile.lookups import read_in_order
 from sp_compile.pipeline import Pass
-from sp_compile.products import NearestMiss, from_heads, to_heads
+from sp_compile.products import NearestMiss
 from sp_compile.program import Fallback, Program, op_name, source_line
+from sp_compile.sdpa import SdpaAttention
 from sp_compile.softmax_forms import SOFTMAXES
-from sp_compile.symbols import is_tensor, shape_of
 
 aten = torch.ops.aten
+
+_SDPA = aten.scaled_dot_product_attention.default
 
 
 @dataclass(frozen=True)
@@ -51,83 +54,38 @@ class RaiseAttention(Pass):
     def run(self, program: Program) -> None:
         """Rewrite in place."""
         if program.tokens is not None:
+            _drop_indices(program)
             for node in list(program.graph.nodes):
-                if node.target is aten.scaled_dot_product_attention.default:
+                if node.target is _SDPA:
                     _raise_sdpa(program, node)
                 elif node.target in (*SOFTMAXES, aten.exp.default):
                     _raise_eager(program, node)
             program.remove_dead_code()
-        for node in program.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
+        for node in program.graph.find_nodes(op="call_function", target=_SDPA):
             node.meta.setdefault("not_raised", "no symbolic token length")
+
+
+def _drop_indices(program: Program) -> None:
+    """Values that are indexed by all their row numbers in order, as mask functions do, are the values themselves."""
+    for node in program.graph.find_nodes(op="call_function", target=aten.index.Tensor):
+        read = read_in_order(node)
+        if read is not None:
+            base, dims, wanted = read
+            node.meta["anchor"] = node.meta["val"]
+            insert = _inserter(program, node)
+            node.replace_all_uses_with(insert.reshape(insert.arrange(base, dims, wanted), shape_of(node)))
+            program.graph.erase_node(node)
 
 
 def _raise_sdpa(program: Program, node: fx.Node) -> None:
     try:
-        _sdpa(program, node)
+        found = sdpa.match(node, _inserter(program, node), _batch(program))
     except (NearestMiss, NotLifted) as miss:
         node.meta["not_raised"] = str(miss)
-        if len(_token_dims(program, node)) > 0:
+        if sdpa.is_over_tokens(node, program.tokens):
             _record(program, node, f"attention not raised: {miss}")
-
-
-def _token_dims(program: Program, node: fx.Node) -> list[int]:
-    return [i for i, size in enumerate(shape_of(node)) if program.tokens in size.free_symbols]
-
-
-def _sdpa(program: Program, node: fx.Node) -> None:
-    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
-    values: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-    q, k, v = values["query"], values["key"], values["value"]
-    for name, each in (("query", q), ("key", k), ("value", v)):
-        if shape_of(each)[-2] != program.tokens:
-            raise NearestMiss(f"its {name} %{each.name} is not over the tokens: {list(shape_of(each))}")
-    if values.get("dropout_p"):
-        raise NearestMiss(f"dropout_p={values['dropout_p']}; call model.eval()")
-    grouped = bool(values.get("enable_gqa"))
-    dims, frame = _sdpa_dims(program, q)
-    key_dims = (*dims[:-2], (frame.keys,), dims[-1])
-    node.meta["anchor"] = node.meta["val"]
-    insert = _inserter(program, node)
-    lifter = Lifter(insert, frame)
-    _sdpa_mask(lifter, values, node)
-    scale = values.get("scale")
-    scale = float(shape_of(q)[-1]) ** -0.5 if scale is None else float(scale)
-    heads = to_heads(insert, q, dims, frame, frame.queries, dims[-1][0])
-    whole = []
-    for each in (k, v):
-        own = (*key_dims[:-1], new_dims(shape_of(each)[-1:])[0])
-        if grouped and len(shape_of(each)) == 4:
-            whole.append(each)
-        elif grouped or held_dims(each, own) is None:
-            raise NearestMiss(f"%{each.name} has the dims {list(shape_of(each))}, the query {list(shape_of(q))}")
-        else:
-            whole.append(to_heads(insert, each, own, frame, frame.keys, (*own[-1], frame.keys)[0]))
-    features = new_dims(shape_of(node)[-1:])[0]
-    out, _ = _insert(program, lifter, (heads, *whole), scale, lifter.terms.empty_mean)
-    node.replace_all_uses_with(from_heads(insert, out, frame, features[0], node, (*dims[:-1], features)))
-
-
-def _sdpa_dims(program: Program, q: fx.Node) -> tuple[Any, Frame]:
-    dims = new_dims(shape_of(q))
-    lead = [atom for each in dims[:-2] for atom in each]
-    keys = new_dims([program.tokens])[0][0]
-    return dims, frame_of(lead, dims[-2][0], keys, _batch(program))
-
-
-def _sdpa_mask(lifter: Lifter, values: dict[str, Any], node: fx.Node) -> None:
-    terms, mask = lifter.terms, values.get("attn_mask")
-    if values.get("is_causal"):
-        terms.hide(lifter.call("le", lifter.rows(of_keys=True), lifter.rows(of_keys=False)))
-    if not is_tensor(mask):
         return
-    frame = lifter.frame
-    lead = new_dims(shape_of(values["query"]))[:-2]
-    atoms = [*frame.batch, *frame.heads]
-    dims = (*(() if not each else (atoms.pop(0),) for each in lead), (frame.queries,), (frame.keys,))
-    if mask.meta["val"].dtype == torch.bool:
-        terms.hide(lifter.lift(mask, dims))
-    else:
-        terms.add(lifter.lift(mask, dims, vectors=True), mask.meta["val"].dtype)
+    found.replace(*_insert(program, found))
 
 
 def _raise_eager(program: Program, root: fx.Node) -> None:
@@ -138,8 +96,7 @@ def _raise_eager(program: Program, root: fx.Node) -> None:
     except NearestMiss as miss:
         _record(program, root, f"attention not raised: {miss}")
         return
-    out, lse = _insert(program, found.lifter, (found.q, found.k, found.v), found.scale, found.empty_mean)
-    found.replace(out, lse)
+    found.replace(*_insert(program, found))
 
 
 def _inserter(program: Program, node: fx.Node) -> Inserter:
@@ -159,16 +116,15 @@ def _batch(program: Program) -> int:
     return 1
 
 
-def _insert(
-    program: Program, lifter: Lifter, qkv: tuple[fx.Node, fx.Node, fx.Node], scale: float, empty_mean: bool
-) -> tuple[fx.Node, fx.Node]:
-    q, k, v = qkv
+def _insert(program: Program, found: SdpaAttention | EagerAttention) -> tuple[fx.Node, fx.Node]:
+    """Add the attention node; its output and log-sum-exp."""
+    k, v, lifter = found.k, found.v, found.lifter
     node = lifter.insert.before
     unrepeated = _unrepeat(k), _unrepeat(v)
     if shape_of(unrepeated[0])[1] == shape_of(unrepeated[1])[1]:
         k, v = unrepeated
     rule = lifter.finish()
-    args = ops.AttentionArgs(q, k, v, lifter.operands, lifter.tables, rule, float(scale), empty_mean)
+    args = ops.AttentionArgs(found.q, k, v, lifter.operands, lifter.tables, rule, float(found.scale), found.empty_mean)
     with program.graph.inserting_before(node):
         raised = program.graph.call_function(torch.ops.sp_compile.attention.default, tuple(args))
         values = fx.map_arg(args, lambda each: each.meta["val"])

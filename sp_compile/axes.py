@@ -14,10 +14,22 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch.utils._sympy.functions import FloorDiv
 
-from sp_compile.symbols import is_tensor, product, shape_of
+from sp_compile.symbols import is_tensor, product
+from sp_compile.symbols import shape_of as _shape_of
 
 aten = torch.ops.aten
+
+
+def shape_of(node: fx.Node) -> tuple[sympy.Expr, ...]:
+    """The node's shape, with divisions done that have no remainder, such as ``(4 * T * T) // (T * T)``."""
+    return tuple(size.replace(FloorDiv, _exact) if size.has(FloorDiv) else size for size in _shape_of(node))
+
+
+def _exact(size: sympy.Expr, divisor: sympy.Expr) -> sympy.Expr:
+    quotient = sympy.cancel(size / divisor)
+    return quotient if sympy.denom(quotient) == 1 else FloorDiv(size, divisor)
 
 
 class Atom:

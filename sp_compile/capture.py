@@ -14,6 +14,7 @@ from torch.fx import traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from sp_compile.errors import CaptureError
+from sp_compile.flex import without_flex
 from sp_compile.program import Fallback, Program
 from sp_compile.vmap import without_vmap
 
@@ -70,7 +71,7 @@ def _source(node: fx.Node) -> str:
 
 
 def _retrace(gm: fx.GraphModule, values: Sequence[Any]) -> fx.GraphModule:
-    flat = without_vmap(gm)
+    flat = without_vmap(without_flex(gm))
 
     def run(*inputs: Any) -> Any:
         return fx.Interpreter(flat).run(*inputs)

@@ -51,6 +51,7 @@ class EagerAttention:
     dims: Dims
     score_dims: Dims
     features: Atom
+    lse_users: list[fx.Node]
 
     @property
     def before(self) -> fx.Node:
@@ -75,10 +76,10 @@ class EagerAttention:
                 column = insert.call(aten.full_like.default, total, sink) if isinstance(sink, float) else column
                 total = insert.call(aten.logaddexp.default, total, column)
         result = self.form.result
-        out = from_heads(insert, out, frame, self.features, result, self.dims)
+        out = from_heads(insert, out, frame, (self.features,), result, self.dims)
         if out.meta["val"].dtype != result.meta["val"].dtype:
             out = insert.call(aten._to_copy.default, out, dtype=result.meta["val"].dtype)
-        for user in _lse_users(self.form.scores):
+        for user in self.lse_users:
             same = lse
             if user.meta["val"].dtype != lse.meta["val"].dtype:
                 same = insert.call(aten._to_copy.default, lse, dtype=user.meta["val"].dtype)
@@ -87,10 +88,10 @@ class EagerAttention:
 
     def _column(self, sink: fx.Node) -> fx.Node:
         insert, frame = self.lifter.insert, self.lifter.frame
-        dims = self.score_dims[: len(self.score_dims)]
-        own = tuple(() if size == 1 else resolved(atoms) for size, atoms in zip(
-            shape_of(sink), dims[len(dims) - len(shape_of(sink)) :], strict=True))  # fmt: skip
-        if len(own) != 4 or len(dims) != 4:
+        sizes = shape_of(sink)
+        whole = self.score_dims[len(self.score_dims) - len(sizes) :]
+        own = tuple(() if size == 1 else atoms for size, atoms in zip(sizes, whole, strict=True))
+        if len(own) != 4 or self.score_dims != frame.scores:
             sink = insert.arrange(sink, own, frame.scores)
         return insert.call(aten.squeeze.dim, sink, -1)
 
@@ -105,7 +106,8 @@ def over_tokens(root: fx.Node, tokens: Any) -> bool:
         score_path(root.args[0], tokens)  # type: ignore[arg-type]
     except NearestMiss:
         return False
-    return any(user.target is aten.sum.dim_IntList for user in root.users)
+    users = list(root.users) + [after for user in root.users for after in user.users]
+    return any(user.target is aten.sum.dim_IntList for user in users)
 
 
 def match(root: fx.Node, insert: Inserter, batch: int) -> EagerAttention:
@@ -122,24 +124,33 @@ def match(root: fx.Node, insert: Inserter, batch: int) -> EagerAttention:
     first = read_product(path[0])
     dims = follow(path, first.dims)
     frame = _frame(form, first, dims, insert.tokens, batch)
+    dims = [tuple(resolved(each) for each in own) for own in dims]
     weights = follow(_weight_path(form), dims[-1])[-1]
     second = read_product(form.product)
     if form.weights[-1] not in (second.left, second.right):
         raise NearestMiss(f"%{second.node.name} adds the weights to a product")
     values, _ = second.side(form.weights[-1])
-    lse_users = _lse_users(form.scores)
+    lse_users = _lse_users(form.scores) if dims[-1] == frame.scores else []
     _anchor(insert, min([form.result, *lse_users]), [values, *form.sinks])
     value_dims = retie(second, form.weights[-1], weights)
     features = _features(second, value_dims, frame)
     lifter = Lifter(insert, frame)
-    chain = ScoreChain(lifter, path, [tuple(resolved(each) for each in own) for own in dims],
-                       bool(form.sinks or lse_users))  # fmt: skip
+    chain = ScoreChain(lifter, path, dims, needs_lse=bool(form.sinks or lse_users))
     chain.peel(form.scores)
     for node, holds in form.masks:
         _hide(lifter, node, holds, dims[-1])
-    q, k = _queries_and_keys(first, insert, frame)
-    v = to_heads(insert, values, value_dims, frame, frame.keys, features)
-    return EagerAttention(lifter, form, q, k, v, chain.scale, second.dims, dims[-1], features)
+    q, *keys = _queries_and_keys(first, frame)
+    rows: list[Dims] = [(frame.batch, frame.heads, (atom,)) for atom in (frame.queries, frame.keys)]
+    q_whole = to_heads(insert, q, (*rows[0], (first.summed,)), shares=False)
+    keys_and_values = [(keys[0], first.summed), ((values, value_dims), features)]
+    shared = len({_heads(value, frame) for value, _ in keys_and_values}) == 1
+    k, v = (to_heads(insert, value, (*rows[1], (last,)), shared) for value, last in keys_and_values)
+    return EagerAttention(lifter, form, q_whole, k, v, chain.scale, second.dims, dims[-1], features, lse_users)
+
+
+def _heads(value: tuple[fx.Node, Dims], frame: Frame) -> tuple[Atom, ...]:
+    held = {atom for each in value[1] for atom in resolved(each)}
+    return tuple(atom for atom in resolved(frame.heads) if atom in held)
 
 
 def _weight_path(form: SoftmaxForm) -> list[fx.Node]:
@@ -185,17 +196,13 @@ def _features(second: Product, value_dims: Dims, frame: Frame) -> Atom:
     return own[0]
 
 
-def _queries_and_keys(first: Product, insert: Inserter, frame: Frame) -> tuple[fx.Node, fx.Node]:
-    left = [atom for each in first.left_dims for atom in resolved(each)]
-    right = [atom for each in first.right_dims for atom in resolved(each)]
+def _queries_and_keys(first: Product, frame: Frame) -> tuple[tuple[fx.Node, Dims], tuple[fx.Node, Dims]]:
     sides = (first.left, first.left_dims), (first.right, first.right_dims)
-    if frame.queries in right and frame.keys in left:
-        sides = sides[::-1]
-    elif frame.queries not in left or frame.keys not in right:
-        raise NearestMiss(f"%{first.node.name} is not a product of queries and keys")
-    (q, q_dims), (k, k_dims) = sides
-    q_whole = to_heads(insert, q, q_dims, frame, frame.queries, first.summed)
-    return q_whole, to_heads(insert, k, k_dims, frame, frame.keys, first.summed)
+    for q, k in (sides, sides[::-1]):
+        q_atoms, k_atoms = ({atom for each in dims for atom in resolved(each)} for _, dims in (q, k))
+        if frame.queries in q_atoms - k_atoms and frame.keys in k_atoms - q_atoms:
+            return q, k
+    raise NearestMiss(f"%{first.node.name} is not a product of queries and keys")
 
 
 def _anchor(insert: Inserter, before: fx.Node, needed: list[Any]) -> None:

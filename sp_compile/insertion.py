@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import fx
 
 from sp_compile.axes import Atom, Dims, resolved
-from sp_compile.symbols import product, shape_of
+from sp_compile.symbols import coefficient, product, shape_of
 
 aten = torch.ops.aten
 
@@ -44,7 +45,11 @@ class Inserter:
 
     def size(self, size: sympy.Expr) -> Any:
         """A size as an argument."""
-        return self.length if size == self.tokens else int(size)
+        if size.is_Integer:
+            return int(size)
+        times = coefficient(size, self.tokens)
+        assert times, f"{size} is no multiple of the tokens"
+        return self.length if times == 1 else self.call(operator.mul, self.length, times)
 
     def reshape(self, node: fx.Node, sizes: Any) -> fx.Node:
         """The node in another shape."""

@@ -30,19 +30,20 @@ class Lifter:
 
     Attributes:
         frame: what the dims of the scores stand for.
-        score: the node that a score rule calls ``score``, if any.
+        score: the node that a score rule calls ``score`` with its dims, if any.
         misses: nodes that were not lifted, with the reason.
         terms: what was lifted so far.
     """
 
     insert: Inserter
     frame: Frame
-    score: fx.Node | None = None
+    score: tuple[fx.Node, Dims] | None = None
     operands: list[fx.Node] = field(default_factory=list)
     tables: list[fx.Node] = field(default_factory=list)
     misses: list[tuple[fx.Node, str]] = field(default_factory=list)
     terms: Terms = field(default_factory=Terms)
     _lifted: dict[tuple[fx.Node, Dims, bool], Any] = field(default_factory=dict)
+    _held: dict[Any, fx.Node] = field(default_factory=dict)
 
     def call(self, function: str, *arguments: Any) -> Any:
         """Name of ``function(arguments)``, computed once."""
@@ -68,11 +69,13 @@ class Lifter:
         """
         if not isinstance(node, fx.Node):
             return node
-        if node is self.score:
-            return "score"
         own = held_dims(node, dims)
         if own is None:
             raise NotLifted(f"%{node.name} does not broadcast to the scores")
+        if self.score is not None and node is self.score[0]:
+            if own != self.score[1]:
+                raise NotLifted(f"%{node.name} is used with other rows and columns")
+            return "score"
         if (node, own, vectors) not in self._lifted:
             self._lifted[node, own, vectors] = self._lift(node, own, vectors)
         return self._lifted[node, own, vectors]
@@ -83,7 +86,7 @@ class Lifter:
             return fill
         is_matrix = self.frame.is_matrix(dims)
         if not is_matrix and not (vectors and lift_ops.hides(node)):
-            return self.operand(*lift_ops.unindexed(node, dims))
+            return self.operand(node, dims)
         known = len(self.misses)
         try:
             return lift_ops.lift(self, node, dims, vectors)
@@ -100,12 +103,12 @@ class Lifter:
         return self._operand(node)
 
     def _operand(self, node: fx.Node) -> str:
-        if node not in self.operands:
-            self.operands.append(node)
-            name = f"x{self.operands.index(node)}"
-            if lift_ops.is_zero_one(node):
-                self.terms.zero_one.add(name)
-        return f"x{self.operands.index(node)}"
+        same = self._held.setdefault(_meaning(node), node)
+        if same not in self.operands:
+            self.operands.append(same)
+            if lift_ops.is_zero_one(same):
+                self.terms.zero_one.add(f"x{self.operands.index(same)}")
+        return f"x{self.operands.index(same)}"
 
     def table(self, node: fx.Node) -> str:
         """Name of a table ``[heads or 1, entries]``."""
@@ -120,6 +123,20 @@ class Lifter:
         self.operands = _kept(self.operands, "x", assignments, renamed)
         self.tables = _kept(self.tables, "table", assignments, renamed)
         return self.terms.text(assignments, renamed)
+
+
+def _meaning(value: Any, depth: int = 8) -> Any:
+    """What a vector is computed from, so that the row numbers that a mask makes twice are one operand."""
+    if isinstance(value, (list, tuple)):
+        return tuple(_meaning(each, depth) for each in value)
+    if not isinstance(value, fx.Node):
+        return type(value), str(value)
+    if not isinstance(value.target, torch._ops.OpOverload) or depth == 0:
+        return value
+    if torch.Tag.nondeterministic_seeded in value.target.tags:
+        return value
+    named = tuple((name, _meaning(each, depth - 1)) for name, each in sorted(value.kwargs.items()))
+    return value.target, _meaning(value.args, depth - 1), named
 
 
 def _kept(nodes: list[fx.Node], letter: str, assignments: list[Assignment], renamed: dict[str, str]) -> list[fx.Node]:

@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
 
 from sp_compile.axes import Dims, before_view
-from sp_compile.lookups import NotLifted, embedding, indexed, sliced, unindexed
+from sp_compile.lookups import NotLifted, embedding, indexed, sliced
 from sp_compile.symbols import is_tensor, shape_of
 
 if TYPE_CHECKING:
     from sp_compile.lift import Lifter
 
-__all__ = ["NotLifted", "constant", "hides", "is_zero_one", "lift", "unindexed"]
+__all__ = ["NotLifted", "constant", "hides", "is_zero_one", "lift"]
 
 aten = torch.ops.aten
 
@@ -186,6 +187,10 @@ def constant(node: Any) -> Any:
     """A number, or the number that every element of the node is made from; None for anything else."""
     if not isinstance(node, fx.Node):
         return node
+    if node.op == "get_attr":
+        held = getattr(node.graph.owning_module, str(node.target), None)
+        is_number = isinstance(held, torch.Tensor) and held.dim() == 0 and not isinstance(held, FakeTensor)
+        return held.item() if is_number else None  # type: ignore[union-attr]
     if not is_tensor(node) or not isinstance(node.target, torch._ops.OpOverload):
         return None
     name, dtype = op_of(node), node.meta["val"].dtype

@@ -13,8 +13,8 @@ import sympy
 import torch
 from torch import fx
 
-from sp_compile.axes import Dims, held_dims, resolved
-from sp_compile.symbols import is_tensor, product, shape_of
+from sp_compile.axes import Dims, held_dims, new_dims, resolved, shape_of
+from sp_compile.symbols import is_tensor, product
 
 if TYPE_CHECKING:
     from sp_compile.lift import Lifter
@@ -38,16 +38,20 @@ def indexed(lifter: Lifter, node: fx.Node, dims: Dims) -> Any:
     return _read(lifter, base, parts, wraps=True)
 
 
-def unindexed(node: fx.Node, dims: Dims) -> tuple[fx.Node, Dims]:
-    """A vector that was read at all its rows in order is itself, with these dims."""
-    if node.target is not aten.index.Tensor:
-        return node, dims
+def read_in_order(node: fx.Node) -> tuple[fx.Node, Dims, Dims] | None:
+    """A value that is indexed by all its row numbers in order, with its dims and those of the result; else None."""
+    if node.target is not aten.index.Tensor or not is_tensor(node):
+        return None
+    dims = new_dims(shape_of(node))
     try:
         base, parts = _parts_of_index(node, dims)
     except NotLifted:
-        return node, dims
+        return None
     own = tuple(_whole(part, size) for part, size in zip(parts, shape_of(base), strict=True))
-    return node if None in own else base, dims if None in own else own  # type: ignore[return-value]
+    read = [atom for atoms in own if atoms is not None for atom in atoms]
+    if None in own or len(set(read)) < len(read):
+        return None
+    return (base, own, dims) if set(read) == {atom for each in dims for atom in each} else None  # type: ignore[return-value]
 
 
 def _parts_of_index(node: fx.Node, dims: Dims) -> tuple[fx.Node, list[Any]]:
@@ -117,6 +121,9 @@ def _read(lifter: Lifter, base: fx.Node, parts: Sequence[Any], wraps: bool) -> A
     """Entries of ``base``; each of its dims is read whole (dims), by a rule's value, or by an index node."""
     sizes = shape_of(base)
     whole = [_whole(part, size) for part, size in zip(parts, sizes, strict=True)]
+    read = [atom for own in whole if own is not None for atom in own]
+    if len(set(read)) < len(read):
+        raise NotLifted(f"the diagonal of %{base.name}")
     if None not in whole:
         return lifter.lift(base, tuple(whole))  # type: ignore[arg-type]
     if any(not size.is_Integer for size in sizes):
@@ -124,8 +131,7 @@ def _read(lifter: Lifter, base: fx.Node, parts: Sequence[Any], wraps: bool) -> A
     values = [None if own is not None else _index(lifter, part, int(size), wraps)
               for own, part, size in zip(whole, parts, sizes, strict=True)]  # fmt: skip
     heads = resolved(lifter.frame.heads)
-    kept = [atom for own in whole if own is not None for atom in own]
-    if kept and tuple(kept) != heads:
+    if read and tuple(read) != heads:
         raise NotLifted(f"a table %{base.name} with other dims than the heads and what is looked up")
     order = [i for i, value in enumerate(values) if value is None] + [
         i for i, value in enumerate(values) if value is not None
@@ -133,7 +139,7 @@ def _read(lifter: Lifter, base: fx.Node, parts: Sequence[Any], wraps: bool) -> A
     if order != sorted(order):
         base = lifter.insert.call(aten.permute.default, base, order)
     entries = product([size for size, value in zip(sizes, values, strict=True) if value is not None])
-    table = lifter.insert.reshape(base, (product([atom.size for atom in kept]), entries))
+    table = lifter.insert.reshape(base, (product([atom.size for atom in read]), entries))
     flat: Any = None
     for size, value in zip(sizes, values, strict=True):
         if value is not None:

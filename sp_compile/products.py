@@ -11,7 +11,7 @@ from torch import fx
 
 from sp_compile.axes import Atom, Dims, Frame, after_op, before_view, resolved
 from sp_compile.insertion import Inserter
-from sp_compile.symbols import is_tensor, product, shape_of
+from sp_compile.symbols import product, shape_of
 
 aten = torch.ops.aten
 
@@ -115,44 +115,38 @@ def retie(found: Product, node: fx.Node, dims: Dims) -> Dims:
     return tied
 
 
-def to_heads(insert: Inserter, node: fx.Node, dims: Dims, frame: Frame, rows: Atom, features: Atom) -> fx.Node:
-    """Queries, keys or values as ``[B, heads, rows, features]``; without the heads that it has none of for itself.
+def to_heads(insert: Inserter, value: tuple[fx.Node, Dims], wanted: Dims, shares: bool) -> fx.Node:
+    """Queries, keys or values as ``[B, heads, rows, features]``.
 
-    The heads of keys may be fewer: those that queries share are the last ones, as in grouped attention.
+    Args:
+        value: a node with its dims.
+        wanted: the dims of the result for all heads.
+        shares: keep only the heads that the value has, if those are the outer ones that groups of queries share.
     """
-    wanted: Dims = (frame.batch, frame.heads, (rows,), (features,))
-    view: tuple[fx.Node, Dims] | None = (node, dims)
+    own = (_own_heads(value[1], wanted) if shares else None) or wanted
+    view: tuple[fx.Node, Dims] | None = value
     while view is not None:
-        fewer = _with_own_heads(view[1], wanted)
-        if fewer is not None and _is(view[1], fewer):
+        if len(view[1]) == 4 and all(resolved(a) == resolved(b) for a, b in zip(view[1], own, strict=True)):
             return view[0]
-        if view[0] not in (node,) and not is_tensor(view[0]):
-            break
         view = before_view(*view)
-    fewer = _with_own_heads(dims, wanted)
-    whole = frozenset((0, 1, 2, 3)) if fewer is None else frozenset((0, 2, 3))
-    node = insert.arrange(node, dims, wanted if fewer is None else fewer, whole)
-    return node
+    return insert.arrange(*value, own, expand=frozenset(range(4)))
 
 
-def _with_own_heads(dims: Dims, wanted: Dims) -> Dims | None:
-    """The dims wanted with only the leading heads that the value has; None if those it has are not the leading ones."""
-    own = {atom for each in dims for atom in resolved(each)}
+def _own_heads(dims: Dims, wanted: Dims) -> Dims | None:
+    held = {atom for each in dims for atom in resolved(each)}
     heads = resolved(wanted[1])
-    held = [atom for atom in heads if atom in own]
-    return (wanted[0], tuple(held), *wanted[2:]) if list(heads[: len(held)]) == held else None
+    own = tuple(atom for atom in heads if atom in held)
+    return (wanted[0], own, *wanted[2:]) if heads[: len(own)] == own else None
 
 
-def _is(dims: Dims, wanted: Dims) -> bool:
-    return len(dims) == 4 and all(resolved(a) == resolved(b) for a, b in zip(dims, wanted, strict=True))
+def from_heads(insert: Inserter, out: fx.Node, frame: Frame, features: Any, like: fx.Node, dims: Dims) -> fx.Node:
+    """An output ``[B, H, Q, E]`` in the dims, and with the shape, of the product that it replaces.
 
-
-def from_heads(insert: Inserter, out: fx.Node, frame: Frame, features: Atom, like: fx.Node, dims: Dims) -> fx.Node:
-    """An output ``[B, H, Q, E]`` in the dims of the product that it replaces."""
-    own: Dims = (frame.batch, frame.heads, (frame.queries,), (features,))
-    wanted = tuple(resolved(each) for each in dims)
-    flat = [atom for each in own for atom in resolved(each)]
-    order = [atom for each in wanted for atom in each]
+    Args:
+        features: the atoms of the last dim.
+    """
+    flat = [atom for each in (frame.batch, frame.heads, (frame.queries,), features) for atom in resolved(each)]
+    order = [atom for each in dims for atom in resolved(each)]
     if flat != order:
         out = insert.reshape(out, [atom.size for atom in flat])
         out = insert.call(aten.permute.default, out, [flat.index(atom) for atom in order])

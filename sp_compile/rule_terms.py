@@ -42,8 +42,14 @@ class Terms:
 
     def call(self, function: str, *arguments: Any) -> Any:
         """Name of ``function(arguments)``."""
-        if function == "not" and (opposite := self._opposite(arguments[0])) is not None:
-            return opposite
+        if function in ("eq", "ne") and self._is_choice(*arguments):
+            return self.call("bool" if (function == "eq") == bool(arguments[1]) else "not", arguments[0])
+        if function in ("not", "bool", "and", "or", "where"):
+            arguments = tuple(self._truth(each) if i == 0 or function in ("and", "or") else each
+                              for i, each in enumerate(arguments))  # fmt: skip
+            known = self._known_truth(function, arguments)
+            if known is not None:
+                return known
         # 1 and True are equal, and mean other dtypes
         key = (function, arguments, tuple(map(type, arguments)))
         if key not in self._names:
@@ -53,15 +59,37 @@ class Terms:
                 self.zero_one.add(name)
         return self._names[key]
 
-    def _opposite(self, value: Any) -> Any:
+    def _is_choice(self, value: Any, number: Any) -> bool:
+        return isinstance(value, str) and self.is_zero_one(value) and not isinstance(number, str) and number in (0, 1)
+
+    def _known_truth(self, function: str, arguments: tuple[Any, ...]) -> Any:
+        """A value that the call only repeats, if so."""
+        made = self.assignments.get(arguments[0]) if isinstance(arguments[0], str) else None
+        if function == "bool" and made is not None and made.function in _BOOLEAN:
+            return arguments[0]
+        if function == "not" and made is not None and made.function == "not" and self.is_zero_one(made.arguments[0]):
+            return self.call("bool", made.arguments[0])
+        if function == "and" and True in arguments:
+            return arguments[1] if arguments[0] is True else arguments[0]
+        if function == "or" and False in arguments:
+            return arguments[1] if arguments[0] is False else arguments[0]
+        return None
+
+    def _truth(self, value: Any) -> Any:
+        """A simpler value with the same truth: casts of bools and numbers made of them are their conditions."""
         made = self.assignments.get(value) if isinstance(value, str) else None
         if made is None:
-            return None
-        if made.function == "not" and self.is_zero_one(made.arguments[0]):
-            return made.arguments[0]
-        if made.function == "sub" and made.arguments[0] in (1, 1.0) and self.is_zero_one(made.arguments[1]):
-            return self.call("bool", made.arguments[1])
-        return None
+            return value
+        args = made.arguments
+        if made.function in ("float", "int", "copy") and self.is_zero_one(args[0]):
+            return self._truth(args[0])
+        if made.function == "where" and not isinstance(args[1], str) and args[1:] in ((1, 0), (0, 1)):
+            return self._truth(args[0]) if args[1] else self.call("not", args[0])
+        if made.function == "sub" and _is_one(args[0]) and self.is_zero_one(args[1]):
+            return self.call("not", args[1])
+        if made.function == "mul" and all(self.is_zero_one(each) for each in args):
+            return self.call("and", *args)
+        return value
 
     def is_zero_one(self, value: Any) -> bool:
         """Whether a value is 0 or 1 everywhere."""
@@ -71,7 +99,7 @@ class Terms:
         if function == "where":
             arguments = arguments[1:]
         elif function == "sub":
-            return arguments[0] in (1, 1.0) and not isinstance(arguments[0], str) and self.is_zero_one(arguments[1])
+            return _is_one(arguments[0]) and self.is_zero_one(arguments[1])
         elif function not in ("mul", "minimum", "maximum", "float", "int", "copy"):
             return False
         return all(self.is_zero_one(each) for each in arguments)
@@ -84,7 +112,7 @@ class Terms:
 
     def add(self, value: Any, dtype: torch.dtype, factor: float = 1.0) -> None:
         """Add a term to the score: a mask where it hides keys, a bias where it does not."""
-        biases = self._biases(value, blind_below(dtype))
+        biases = self._biases(value, blind_below(dtype) / min(factor, 1.0))
         for each in [value] if biases is None else biases:
             if each != 0:
                 self.biases.append(each if factor == 1.0 else self.call("mul", each, factor))
@@ -172,3 +200,7 @@ def _named_outputs(assignments: list[Assignment], outputs: Mapping[str, Any]) ->
 
 def _is_number(value: Any, at_most: float) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and value <= at_most
+
+
+def _is_one(value: Any) -> bool:
+    return not isinstance(value, str) and bool(value == 1)

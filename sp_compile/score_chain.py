@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from sp_compile.axes import Dims
+from sp_compile.axes import Dims, held_dims
 from sp_compile.lift import Lifter
 from sp_compile.lift_ops import NotLifted, constant
 from sp_compile.products import PRODUCTS, NearestMiss
 from sp_compile.rule_terms import blind_below
-from sp_compile.softmax_forms import CASTS, without_row_shift
+from sp_compile.softmax_forms import CASTS
 from sp_compile.symbols import is_tensor, shape_of
 
 aten = torch.ops.aten
@@ -95,11 +95,9 @@ class ScoreChain:
     def _inner(self, node: fx.Node) -> fx.Node | None:
         """The scores before this op, if it only masks, adds, scales or reshapes."""
         args: Any = node.args
-        source, shift = without_row_shift(node)
-        shifted = node.target is aten.add.Tensor and constant(args[1]) is not None
-        if self.needs_lse and (shifted or shift is not None):
-            raise NearestMiss(f"%{node.name} shifts the scores, of which the log-sum-exp is used")
-        if shift is not None or (shifted and source is node):
+        if self._shifts_rows(node):
+            if self.needs_lse:
+                raise NearestMiss(f"%{node.name} shifts the scores, of which the log-sum-exp is used")
             return args[0]  # type: ignore[no-any-return]
         if node.target in (*CASTS, *_VIEWS):
             return args[0]  # type: ignore[no-any-return]
@@ -112,6 +110,16 @@ class ScoreChain:
         if node.target in (aten.maximum.default, aten.max.other, aten.clamp.default) and self._is_blind(args[1], node):
             return args[0] if len(args) < 3 or args[2] is None else None
         return None
+
+    def _shifts_rows(self, node: fx.Node) -> bool:
+        """Whether one number is added to or taken from all keys of a query, which a softmax does not see."""
+        if node.target not in (aten.add.Tensor, aten.sub.Tensor) or node.args[0] not in self._dims:
+            return False
+        if constant(node.args[1]) is not None:
+            return True
+        dims = held_dims(node.args[1], self._dims[node])  # type: ignore[arg-type]
+        atoms = {atom for each in dims or () for atom in each}
+        return node.target is aten.sub.Tensor and dims is not None and self.lifter.frame.keys not in atoms
 
     def _added(self, node: fx.Node) -> fx.Node | None:
         first = node.args[0] in self._dims
@@ -160,7 +168,7 @@ class ScoreChain:
     def _change(self, node: fx.Node) -> None:
         """What no peeling takes off becomes a score rule."""
         known = len(self.lifter.misses)
-        self.lifter.score = self.product
+        self.lifter.score = self.product, self._dims[self.product]
         try:
             value = self.lifter.lift(node, self._dims[node])
         except NotLifted as reason:

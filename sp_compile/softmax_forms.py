@@ -69,9 +69,9 @@ def softmax_form(root: fx.Node) -> SoftmaxForm:
 
 
 def _of_softmax(softmax: fx.Node) -> SoftmaxForm:
-    scores, _ = without_row_shift(_arg(softmax, 0))
     sinks = []
     dim = _arg(softmax, 1) % len(shape_of(softmax))
+    scores, _ = without_row_shift(_arg(softmax, 0), dim)
     if scores.target is aten.cat.default:
         parts, along = (*scores.args, 0)[:2]
         rank = len(shape_of(scores))
@@ -121,7 +121,7 @@ def _drops_last(node: fx.Node) -> bool:
 
 
 def _of_exponentials(root: fx.Node) -> SoftmaxForm:
-    scores, shift = without_row_shift(_arg(root, 0))
+    scores, shift = without_row_shift(_arg(root, 0), len(shape_of(root)) - 1)
     form = SoftmaxForm(root, scores)
     path = _masked(form, root)
     node = path[-1]
@@ -222,13 +222,15 @@ def _divides(node: fx.Node, numerator: fx.Node, total: fx.Node) -> bool:
     return is_tensor(other) and other.target is aten.reciprocal.default and other.args[0] is total
 
 
-def without_row_shift(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
-    """The scores behind ``scores - m``, where ``m`` is one number a row, and ``m``."""
-    if node.target is aten.sub.Tensor and is_tensor(node.args[1]) and not node.kwargs:
-        source, shift = node.args
-        if is_tensor(source) and shape_of(shift)[-1:] == (1,) and shape_of(source)[-1] != 1:  # type: ignore[arg-type]
-            return source, shift  # type: ignore[return-value]
-    return node, None
+def without_row_shift(node: fx.Node, dim: int) -> tuple[fx.Node, fx.Node | None]:
+    """The scores behind ``scores - m``, where ``m`` is one number for all of ``dim``, and ``m``."""
+    if node.target is not aten.sub.Tensor or node.kwargs or not all(is_tensor(each) for each in node.args):
+        return node, None
+    source, shift = node.args
+    from_right = len(shape_of(node)) - dim
+    sizes = shape_of(shift)  # type: ignore[arg-type]
+    is_shift = len(sizes) < from_right or sizes[len(sizes) - from_right] == 1
+    return (source, shift) if is_shift and shape_of(source) == shape_of(node) else (node, None)  # type: ignore[arg-type,return-value]
 
 
 def _is_row_maximum(shift: fx.Node | None, scores: fx.Node) -> bool:

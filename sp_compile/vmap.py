@@ -19,20 +19,28 @@ def without_vmap(gm: fx.GraphModule) -> fx.GraphModule:
     """The same graph with every vmap replaced by the ops it runs."""
     if not any(_name(node) == _OPEN for node in gm.graph.nodes):
         return gm
-    graph, depth = fx.Graph(), 0
+    graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
-    region: list[fx.Node] = []
-    for node in gm.graph.nodes:
-        depth += _name(node) == _OPEN
-        if depth == 0:
-            mapping[node] = graph.node_copy(node, mapping.__getitem__)
-            continue
-        region.append(node)
-        depth -= _name(node) == _CLOSE
-        if depth == 0:
+    for region in top_level_regions(gm.graph):
+        if len(region) == 1:
+            mapping[region[0]] = graph.node_copy(region[0], mapping.__getitem__)
+        else:
             _inline(gm, graph, region, mapping)
-            region = []
     return fx.GraphModule(gm, graph)
+
+
+def top_level_regions(graph: fx.Graph) -> list[list[fx.Node]]:
+    """The nodes in order, those of one vmap (and of the vmaps in it) together."""
+    regions: list[list[fx.Node]] = []
+    depth = 0
+    for node in graph.nodes:
+        opens = _name(node) == _OPEN
+        if depth == 0:
+            regions.append([])
+        regions[-1].append(node)
+        depth += opens
+        depth -= _name(node) == _CLOSE
+    return regions
 
 
 def _name(node: fx.Node) -> str:
