@@ -4,6 +4,7 @@ if __name__ != "sp_compile.passes":
     raise ImportError("import sp_compile.passes: the folder 'passes' is installed under that name")
 
 from sp_compile.passes.localize_shapes import LocalizeShapes
+from sp_compile.passes.lower_attention import LowerAttention
 from sp_compile.passes.lower_redistributes import LowerRedistributes
 from sp_compile.passes.minimize_communication import MinimizeCommunication
 from sp_compile.passes.normalize import Normalize
@@ -24,5 +25,6 @@ DEFAULT = (
     RestoreOutputs,
     MinimizeCommunication,
     LowerRedistributes,
+    LowerAttention,
     LocalizeShapes,
 )

@@ -1,6 +1,6 @@
 """Make every shape argument the rank's, and compute all shapes anew in the local view.
 
-Requires: ``lowered``.
+Requires: ``lowered``, ``kernels_lowered``.
 Establishes: ``local_shapes``.
 
 The whole graph is run once on fake tensors of local shapes: an op that does not fit its inputs is found here, not on a
@@ -28,7 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from sp_compile.compat import hint_of_symbol
-from sp_compile.invariants import LOCAL, LOWERED
+from sp_compile.invariants import KERNELS_LOWERED, LOCAL, LOWERED
 from sp_compile.pipeline import Pass
 from sp_compile.placements import Shard
 from sp_compile.program import Program, placement
@@ -55,7 +55,7 @@ class LocalizeShapes(Pass):
     """Local shapes everywhere."""
 
     name = "localize_shapes"
-    requires = (LOWERED,)
+    requires = (LOWERED, KERNELS_LOWERED)
     establishes = (LOCAL,)
 
     def run(self, program: Program) -> None:

@@ -1,4 +1,4 @@
-"""Decide once per kind of mask which regions of the scores are computed.
+"""Choose the kernel of every attention, and decide once per kind of mask which parts of the scores it computes.
 
 Requires: ``attention_raised``, ``keys_in_padded_order``.
 Establishes: ``attention_planned``.
@@ -12,7 +12,7 @@ Before::
 After::
 
     %plan = sp_compile.tile_plan([%rows, %columns], [], 'mask = le(x1, x0)', %valid, %local_index, %gathered_index)
-    %attention = sp_compile.attention(%q, %k, %v, ..., plan=%plan, valid=%valid)
+    %attention = sp_compile.attention(%q, %k, %v, ..., kernel='tiles', plan=%plan, valid=%valid)
 """
 
 from __future__ import annotations
@@ -24,34 +24,70 @@ import torch
 from torch import fx
 
 from sp_compile import ops
+from sp_compile.errors import ConfigError, KernelError, nearest
 from sp_compile.invariants import KEYS_PADDED, PLANNED, RAISED
+from sp_compile.kernels.choice import KERNELS, Need, choose
 from sp_compile.pipeline import Pass
 from sp_compile.placements import REPLICATE, RankLocal
-from sp_compile.program import Program
+from sp_compile.program import Program, source_line
+
+PLANS = {"tiles": torch.ops.sp_compile.tile_plan.default, "flex": torch.ops.sp_compile.block_mask.default}
 
 
 @dataclass(frozen=True)
 class PlanAttention(Pass):
-    """One tile plan per kind of mask."""
+    """A kernel for every attention and one plan per kind of mask.
+
+    Attributes:
+        kernel: a key of :data:`sp_compile.kernels.choice.KERNELS`, or ``auto`` for what suits the device.
+    """
 
     name = "plan_attention"
     requires = (RAISED, KEYS_PADDED)
     establishes = (PLANNED,)
 
+    kernel: str = "auto"
+
+    def __post_init__(self) -> None:
+        known = ("auto", *KERNELS)
+        if self.kernel not in known:
+            raise ConfigError(f"unknown kernel {self.kernel!r}{nearest(self.kernel, known)}")
+
     def run(self, program: Program) -> None:
         """Rewrite in place."""
-        if program.tokens is None:
-            return
         plans: dict[Any, fx.Node] = {}
         for node in ops.attention_nodes(program.graph):
-            args = ops.AttentionArgs(*node.args)
-            rows = program.index_input("local_index"), program.index_input("gathered_index")
-            key = (tuple(args.operands), tuple(args.tables), args.rule)
-            if key not in plans:
-                with program.graph.inserting_before(node):
-                    plans[key] = program.graph.call_function(
-                        torch.ops.sp_compile.tile_plan.default,
-                        (args.operands, args.tables, args.rule, args.valid, *rows),
-                    )
-                plans[key].meta["placement"] = RankLocal(plans[key].name) if program.parallel else REPLICATE
-            node.args = tuple(args._replace(plan=plans[key]))
+            kernel = self._choose(program, node)
+            args = ops.AttentionArgs(*node.args)._replace(kernel=kernel)
+            if kernel in PLANS:
+                key = (kernel, tuple(args.operands), tuple(args.tables), args.rule)
+                if key not in plans:
+                    plans[key] = _plan(program, node, args)
+                args = args._replace(plan=plans[key])
+            node.args = tuple(args)
+
+    def _choose(self, program: Program, node: fx.Node) -> str:
+        try:
+            kernel, passed_over = choose(self.kernel, _need(node))
+        except KernelError as error:
+            raise KernelError(f"attention at {source_line(node) or 'no source line'}: {error}") from None
+        if passed_over is not None:
+            program.record(node, f"{passed_over}; computed by {kernel}")
+        return kernel
+
+
+def _need(node: fx.Node) -> Need:
+    args = ops.AttentionArgs(*node.args)
+    q, v = (each.meta["val"] for each in (args.q, args.v))
+    uses_lse = any(user.args[1] == 1 and user.users for user in node.users)
+    return Need(q.device.type, q.dtype, int(q.shape[-1]), int(v.shape[-1]), uses_lse, args.empty_mean)
+
+
+def _plan(program: Program, node: fx.Node, args: ops.AttentionArgs) -> fx.Node:
+    rows = program.index_input("local_index"), program.index_input("gathered_index")
+    with program.graph.inserting_before(node):
+        plan = program.graph.call_function(
+            PLANS[args.kernel], (args.operands, args.tables, args.rule, args.valid, *rows)
+        )
+    plan.meta["placement"] = RankLocal(plan.name) if program.parallel else REPLICATE
+    return plan

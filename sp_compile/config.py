@@ -48,6 +48,8 @@ class CompileConfig(_Checked):
         codegen: ``inductor`` generates code, ``eager`` runs the rewritten graph as it is.
         strict: refuse ops that have no rule, instead of computing them on gathered inputs.
         attention: strategy for attention.
+        kernel: what computes attention on a rank: ``tiles``, ``flex``, ``dense``, ``dense_fp64``, or ``auto`` for what
+            suits the device.
         verify_passes: check the graph's invariants after every pass.
         check_inputs: compare the ranks' inputs before every forward.
         pipeline: pass names or ``{name: options}`` maps; the default pipeline when null.
@@ -58,6 +60,7 @@ class CompileConfig(_Checked):
     codegen: str = "inductor"
     strict: bool = False
     attention: str = "allgather_kv"
+    kernel: str = "auto"
     verify_passes: bool = True
     check_inputs: bool = True
     pipeline: list[Any] | None = None

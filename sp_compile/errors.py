@@ -17,6 +17,10 @@ class ConfigError(SPCompileError, ValueError):
     """A configuration, a pass name or an option that does not exist or does not fit."""
 
 
+class KernelError(ConfigError):
+    """A kernel was asked for that cannot compute the model's attention."""
+
+
 class BatchError(SPCompileError, ValueError):
     """A batch that cannot be laid out: empty, wrong shape, inconsistent positions."""
 

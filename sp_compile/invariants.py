@@ -135,8 +135,15 @@ def _planned(program: Program) -> None:
     if program.tokens is None:
         return
     for node in ops.attention_nodes(program.graph):
-        if ops.AttentionArgs(*node.args).plan is None:
-            raise Violation(node, "a tile plan", "none")
+        args = ops.AttentionArgs(*node.args)
+        if args.plan is None and not args.kernel.startswith("dense"):
+            raise Violation(node, "a plan", "none")
+
+
+def _kernels_lowered(program: Program) -> None:
+    for node in ops.attention_nodes(program.graph):
+        if ops.AttentionArgs(*node.args).kernel == "flex":
+            raise Violation(node, "no attention that FlexAttention computes", "kernel='flex'")
 
 
 def _outputs_restored(program: Program) -> None:
@@ -181,6 +188,7 @@ TOKENS_SHARDED = Invariant("tokens_sharded", _tokens_sharded)
 PLACED = Invariant("placed", _placed)
 KEYS_PADDED = Invariant("keys_in_padded_order", _keys_in_padded_order)
 PLANNED = Invariant("attention_planned", _planned)
+KERNELS_LOWERED = Invariant("kernels_lowered", _kernels_lowered)
 RESTORED = Invariant("outputs_restored", _outputs_restored)
 GATHERED_ONCE = Invariant("gathered_once", _gathered_once)
 LOWERED = Invariant("lowered", _lowered)

@@ -13,7 +13,8 @@ import torch
 from torch import fx
 
 from sp_compile import kernels
-from sp_compile.kernels.plan import as_tensor, plan_regions
+from sp_compile.kernels import flex
+from sp_compile.kernels.plan import as_tensor, mask_rows, plan_regions
 
 
 def redistribute(value: torch.Tensor) -> torch.Tensor:
@@ -72,6 +73,57 @@ def tile_plan(
 @tile_plan.register_fake
 def _(*args: Any) -> torch.Tensor:
     return torch.empty(torch.library.get_ctx().new_dynamic_size(), 8, dtype=torch.int64)
+
+
+@torch.library.custom_op("sp_compile::block_mask", mutates_args=())
+def block_mask(
+    operands: Sequence[torch.Tensor],
+    tables: Sequence[torch.Tensor],
+    rule: str,
+    valid: torch.Tensor | None,
+    q_rows: torch.Tensor,
+    k_rows: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A block mask of FlexAttention; see :func:`sp_compile.kernels.flex.block_mask` and :func:`tile_plan`."""
+    return flex.block_mask(operands, tables, rule, valid, q_rows.numel(), k_rows.numel())
+
+
+@block_mask.register_fake
+def _(
+    operands: Sequence[torch.Tensor],
+    tables: Sequence[torch.Tensor],
+    rule: str,
+    valid: torch.Tensor | None,
+    q_rows: torch.Tensor,
+    k_rows: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    rows = mask_rows(rule, operands) or 1
+    queries, keys = (flex.blocks(each.shape[0]) for each in (q_rows, k_rows))
+    return tuple(  # type: ignore[return-value]
+        torch.empty(size, dtype=torch.int32) for size in ((rows, 1, queries), (rows, 1, queries, keys)) * 2
+    )
+
+
+@torch.library.custom_op("sp_compile::captured", mutates_args=())
+def captured(value: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:
+    """A tensor that FlexAttention's functions capture, reduced to these dims and in memory of its own."""
+    return value.reshape([value.shape[dim] for dim in dims] or [1]).clone(memory_format=torch.contiguous_format)
+
+
+@captured.register_fake
+def _(value: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:
+    return value.new_empty([value.shape[dim] for dim in dims] or [1])
+
+
+@torch.library.custom_op("sp_compile::fill_empty", mutates_args=())
+def fill_empty(out: torch.Tensor, lse: torch.Tensor, v: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    """Queries that see no key get the mean of the values; see :func:`attention`."""
+    return kernels.with_means(out, lse, v, valid).to(out.dtype)
+
+
+@fill_empty.register_fake
+def _(out: torch.Tensor, lse: torch.Tensor, v: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    return torch.empty_like(out, memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("sp_compile::attention", mutates_args=())

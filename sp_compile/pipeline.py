@@ -74,26 +74,31 @@ def registered_passes() -> dict[str, type[Pass]]:
     return {each.name: each for each in passes.DEFAULT}
 
 
-def build_pipeline(spec: Sequence[Any] | None = None, attention: str | None = None) -> tuple[Pass, ...]:
+def build_pipeline(
+    spec: Sequence[Any] | None = None, attention: str | None = None, kernel: str | None = None
+) -> tuple[Pass, ...]:
     """Passes from names and ``{name: options}`` maps; the default pipeline without a spec.
 
     Args:
         spec: the entries, in order.
         attention: strategy of ``shard_attention`` where the entry does not say.
+        kernel: kernel of ``plan_attention`` where the entry does not say.
 
     Raises:
         ConfigError: an unknown pass or option; the message names the nearest known one.
         PipelineError: the order breaks an invariant that a pass requires.
     """
     known = registered_passes()
+    defaults = {"shard_attention": ("strategy", attention), "plan_attention": ("kernel", kernel)}
     entries = list(known) if spec is None else list(spec)
     schedule = []
     for entry in entries:
         name, options = _entry(entry)
         if name not in known:
             raise ConfigError(f"unknown pass {name!r}{nearest(name, known)}")
-        if attention is not None and name == "shard_attention":
-            options.setdefault("strategy", attention)
+        option, value = defaults.get(name, ("", None))
+        if value is not None:
+            options.setdefault(option, value)
         schedule.append(_construct(known[name], options))
     check_schedule(schedule)
     return tuple(schedule)

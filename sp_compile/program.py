@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import sympy
@@ -77,6 +77,15 @@ class Program:
     def remove_dead_code(self) -> None:
         """Remove what nobody reads, ops that draw random numbers included."""
         self.graph.eliminate_dead_code(is_impure_node=lambda node: node.is_impure(impure_random=False))
+
+    def record(self, node: fx.Node, reason: str) -> None:
+        """Note what could not be done as it should; layers with the same reason are one entry."""
+        same = Fallback(op_name(node), 1, 0, source_line(node), reason)
+        for i, each in enumerate(self.fallbacks):
+            if replace(each, count=1) == same:
+                self.fallbacks[i] = replace(each, count=each.count + 1)
+                return
+        self.fallbacks.append(same)
 
     def index_input(self, name: str) -> fx.Node:
         """The placeholder of one of :data:`INDEX_INPUTS`, added at the end of the inputs on first use."""

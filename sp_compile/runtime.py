@@ -65,7 +65,7 @@ class ParallelModule(nn.Module):
         self.group = group
         self.compile_config = config
         self.layout: TokenLayout | None = None
-        self.pipeline: tuple[Pass, ...] = build_pipeline(config.pipeline, config.attention)
+        self.pipeline: tuple[Pass, ...] = build_pipeline(config.pipeline, config.attention, config.kernel)
         self._signature = inspect.signature(module.forward)
         self._compiled: list[Compiled] = []
         self._last: Compiled | None = None

@@ -93,9 +93,13 @@ def with_valid(
     """The rule with keys that do not exist masked too."""
     if valid is None:
         return rule, list(operands)
-    held = f"x{len(operands)}"
-    both = f"{rule}; mask = and(mask, {held})" if assigns(rule, "mask") else f"{rule}; mask = copy({held})"
-    return both, [*operands, valid[None, :]]
+    return joined_with_valid(rule, len(operands)), [*operands, valid[None, :]]
+
+
+def joined_with_valid(rule: str, operand: int) -> str:
+    """The rule with its mask joined to an operand of that number."""
+    mask = f"mask = and(mask, x{operand})" if assigns(rule, "mask") else f"mask = copy(x{operand})"
+    return f"{rule}; {mask}"
 
 
 def mask_rows(rule: str, operands: Sequence[torch.Tensor]) -> int | None:

@@ -1,0 +1,159 @@
+"""Put what Inductor compiles itself in place of attention nodes that FlexAttention computes.
+
+Requires: ``attention_planned``, ``lowered``.
+Establishes: ``kernels_lowered``.
+
+Per-token vectors are captured by the mask and score functions; the kernel skips blocks of keys by the block mask that
+was planned. Other kernels stay behind the ``attention`` op.
+
+Before::
+
+    %plan = sp_compile.block_mask([%rows, %columns], [], 'mask = le(x1, x0)', %valid, ...)
+    %attention = sp_compile.attention(%q, %k, %v, ..., kernel='flex', plan=%plan, valid=%valid)
+
+After::
+
+    %flex = flex_attention(%q, %k, %v, %score, (%queries, %keys, %plan[0], ..., %mask), 0.25, ...)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import getitem
+from typing import Any
+
+import torch
+from torch import fx
+from torch.nn.attention.flex_attention import BlockMask
+
+from sp_compile import ops
+from sp_compile.invariants import KERNELS_LOWERED, LOWERED, PLANNED
+from sp_compile.kernels.flex import BLOCK, arguments_of, rule_graph
+from sp_compile.kernels.plan import joined_with_valid
+from sp_compile.pipeline import Pass
+from sp_compile.program import Program
+from sp_compile.symbols import shape_of
+
+aten = torch.ops.aten
+OPTIONS = {
+    "BACKEND": "AUTO",
+    "PRESCALE_QK": False,
+    "ROWS_GUARANTEED_SAFE": False,
+    "BLOCKS_ARE_CONTIGUOUS": False,
+    "WRITE_DQ": True,
+    "OUTPUT_MAX": False,
+}
+
+
+@dataclass(frozen=True)
+class LowerAttention(Pass):
+    """FlexAttention nodes for the attention it computes."""
+
+    name = "lower_attention"
+    requires = (PLANNED, LOWERED)
+    establishes = (KERNELS_LOWERED,)
+
+    def run(self, program: Program) -> None:
+        """Rewrite in place."""
+        lowering = _Lowering(program)
+        for node in ops.attention_nodes(program.graph):
+            if ops.AttentionArgs(*node.args).kernel == "flex":
+                with program.graph.inserting_before(node):
+                    lowering.lower(node)
+        program.remove_dead_code()
+
+
+class _Lowering:
+    """Lowers nodes one after another; what they capture is put into memory once."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.graph = program.graph
+        self.made: dict[Any, fx.Node] = {}
+
+    def lower(self, node: fx.Node) -> None:
+        """Replace one attention node; new nodes go in front of it."""
+        args = ops.AttentionArgs(*node.args)
+        score, mask = (self._function(args, output) for output in ("score", "mask"))
+        options = {**OPTIONS, "OUTPUT_LOGSUMEXP": args.empty_mean or _part(node, 1) is not None}
+        flex = self.graph.call_function(
+            torch.ops.higher_order.flex_attention,
+            (args.q, args.k, args.v, score[0], self._blocks(args, mask[0]), args.scale, options, score[1], mask[1]),
+        )
+        out, lse = (self.graph.call_function(getitem, (flex, i)) for i in range(2))
+        lse = self.graph.call_function(aten.mul.Tensor, (lse, math.log(2)))  # of base 2
+        if args.empty_mean:
+            out = self.graph.call_function(torch.ops.sp_compile.fill_empty.default, (out, lse, args.v, args.valid))
+        for i, value in enumerate((out, lse)):
+            part = _part(node, i)
+            if part is not None:
+                part.replace_all_uses_with(value)
+
+    def _function(self, args: ops.AttentionArgs, output: str) -> tuple[fx.Node, tuple[fx.Node, ...]]:
+        """The mask or score function of a node, and what it captures."""
+        rule, operands = args.rule, list(args.operands)
+        if args.valid is not None:
+            rule = joined_with_valid(rule, len(operands))
+            operands.append(self._once(aten.unsqueeze.default, args.valid, 0))
+        names = arguments_of(rule, output)
+        chosen = [i for i in range(len(operands)) if f"x{i}" in names]
+        tables = [i for i in range(len(args.tables)) if f"table{i}" in names]
+        kept = {i: _varying(operands[i]) for i in chosen}
+        per_head = {i: shape_of(args.tables[i])[0] != 1 for i in tables}
+        captured = [self._captured(operands[i], _own_dims(operands[i], kept[i])) for i in chosen]
+        captured += [self._captured(args.tables[i], (0, 1) if per_head[i] else (1,)) for i in tables]
+        # the kernel checks indices against sizes, which it knows only as arguments
+        sizes = [
+            self._once(aten.sym_size.int, operands[i], dim) for i in chosen for dim in _own_dims(operands[i], kept[i])
+        ]
+        key = (rule, output, tuple(kept.items()), tuple(per_head.items()))
+        if key not in self.made:
+            name = f"flex_{output}_{len(self.made)}"
+            self.program.gm.add_submodule(name, rule_graph(self.program.gm, rule, output, kept, per_head, len(sizes)))
+            self.made[key] = self.graph.get_attr(name)
+        return self.made[key], (*captured, *sizes)
+
+    def _captured(self, tensor: fx.Node, dims: tuple[int, ...]) -> fx.Node:
+        return self._once(torch.ops.sp_compile.captured.default, tensor, list(dims))
+
+    def _blocks(self, args: ops.AttentionArgs, mask: fx.Node) -> tuple[Any, ...]:
+        """The block mask as the op takes it, in the order that this torch has."""
+        assert args.plan is not None
+        parts = [self._once(getitem, args.plan, i) for i in range(4)]
+        device = args.q.meta["val"].device
+        if device.type != "cpu":
+            parts = [self._once(aten.to.device, each, device, torch.int32) for each in parts]
+        stand_ins = [torch.zeros([1] * dims, dtype=torch.int32) for dims in (3, 4, 3, 4)]
+        example = BlockMask.from_kv_blocks(*stand_ins, BLOCK_SIZE=BLOCK, mask_mod=_everything, compute_q_blocks=False)
+        found = {id(each): part for each, part in zip(stand_ins, parts, strict=True)}
+        lengths = [self._once(aten.sym_size.int, each, 2) for each in (args.q, args.k)]
+        return (*lengths, *(found.get(id(each), each) for each in example.as_tuple(flatten=True)[2:-1]), mask)
+
+    def _once(self, target: Any, *args: Any) -> fx.Node:
+        key = (target, repr(args))
+        if key not in self.made:
+            self.made[key] = self.graph.call_function(target, args)
+        return self.made[key]
+
+
+def _part(node: fx.Node, i: int) -> fx.Node | None:
+    """The output or the log-sum-exp of an attention, where it is used."""
+    parts = [user for user in node.users if user.args[1] == i]
+    return parts[0] if parts and parts[0].users else None
+
+
+def _varying(operand: fx.Node) -> tuple[int, ...]:
+    """The dims of (batch, head, query, key) along which an operand varies."""
+    sizes = shape_of(operand)
+    return tuple(4 - len(sizes) + i for i, size in enumerate(sizes) if size != 1)
+
+
+def _own_dims(operand: fx.Node, kept: Sequence[int]) -> tuple[int, ...]:
+    """Those dims in the operand's own numbering."""
+    return tuple(dim - 4 + len(shape_of(operand)) for dim in kept)
+
+
+def _everything(batch: Any, head: Any, query: Any, key: Any) -> Any:
+    return query >= 0
