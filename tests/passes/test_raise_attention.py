@@ -9,11 +9,26 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
+from transformers import LlamaConfig, masking_utils
 
 from sp_compile.layout import token_layout
 from sp_compile.ops import AttentionArgs
-from tests.passes.graphs import LENGTHS, Ranks, after, call, calls, embeds, ops_of, outputs, qkv, repeated, run_whole
+from tests.passes.graphs import (
+    LENGTHS,
+    Ranks,
+    after,
+    call,
+    calls,
+    embeds,
+    ops_of,
+    outputs,
+    packed,
+    qkv,
+    repeated,
+    run_whole,
+)
 
 LOW = torch.finfo(torch.float32).min
 CAUSAL = "mask = le(x0, x1)"
@@ -477,3 +492,142 @@ def test_values_may_be_computed_after_the_softmax():
         return (q @ repeated(k).transpose(-1, -2)).softmax(-1) @ repeated(v)
 
     assert len(calls(after("raise_attention", forward, embeds(32)), "sp_compile.attention")) == 1
+
+
+class Masked(nn.Module):
+    """SDPA under a mask that transformers or the caller makes of the inputs."""
+
+    def __init__(self, mask: Callable[..., torch.Tensor]) -> None:
+        super().__init__()
+        self.mask = mask
+
+    def forward(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        other: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        inputs = {"attention_mask": attention_mask, "position_ids": position_ids, "other": other}
+        inputs = {name: each for name, each in inputs.items() if each is not None}
+        return sdpa(inputs_embeds, self.mask(inputs_embeds, **inputs))
+
+
+def of_transformers(name: str, **options: Any) -> Callable[..., torch.Tensor]:
+    """A mask of transformers' masking utilities."""
+    config = LlamaConfig(num_attention_heads=4, sliding_window=4, attention_chunk_size=4, attn_implementation="sdpa")
+    make = getattr(masking_utils, name)
+
+    def mask(x: torch.Tensor, attention_mask: Any = None, other: Any = None, **inputs: Any) -> torch.Tensor:
+        if other is not None:
+            inputs["block_sequence_ids"] = other
+        if "bidirectional" not in name:
+            inputs["past_key_values"] = None
+        return make(config, x, attention_mask=attention_mask, **inputs, **options)
+
+    return mask
+
+
+def two_sequences() -> dict[str, torch.Tensor]:
+    """Padding on the left of one row and on the right of the other, and image blocks in both."""
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.ones(2, 11, dtype=torch.int64)
+    mask[0, :3], mask[1, 9:] = 0, 0
+    blocks = torch.tensor([[-1, -1, -1, 0, 0, 0, -1, 1, 1, -1, -1], [0, 0, -1, -1, 1, 1, 1, 1, -1, -1, -1]])
+    embeds = torch.randn(2, 11, 32, generator=generator)
+    return {"inputs_embeds": embeds, "attention_mask": mask, "other": blocks}
+
+
+def padded_by_hand(x: torch.Tensor, attention_mask: torch.Tensor, **_: Any) -> torch.Tensor:
+    """``(1 - m) * min`` of a causal mask times a padding mask, as before transformers 5."""
+    both = seen(x)[None, None] * attention_mask[:, None, None, :]
+    return (1.0 - both.to(x.dtype)) * LOW
+
+
+def with_prefixes(x: torch.Tensor, other: torch.Tensor, **_: Any) -> torch.Tensor:
+    queries, keys = numbers(x)
+    return (keys <= queries) | (keys < (other == 0).sum(-1)[:, None, None, None])
+
+
+def documents(x: torch.Tensor, attention_mask: torch.Tensor, **_: Any) -> torch.Tensor:
+    starts = (attention_mask == 0).cumsum(-1)
+    return torch.eq(starts[:, None, :, None], starts[:, None, None, :]).logical_and(seen(x))
+
+
+def both_ways(b: Any, h: Any, q: Any, k: Any) -> Any:
+    return (q - k).abs() < 2
+
+
+def of_inputs(keep: tuple[str, ...]) -> Callable[[], dict[str, torch.Tensor]]:
+    return lambda: {name: each for name, each in two_sequences().items() if name in ("inputs_embeds", *keep)}
+
+
+MASKS: dict[str, tuple[Callable[..., torch.Tensor], Callable[[], dict[str, torch.Tensor]], str]] = {
+    "packed": (
+        of_transformers("create_causal_mask"),
+        lambda: packed(32),
+        "t0 = eq(x0, x1); t1 = le(x2, x3); mask = and(t0, t1)",
+    ),
+    "padded": (
+        of_transformers("create_causal_mask"),
+        of_inputs(("attention_mask",)),
+        "t0 = le(x0, x1); mask = and(t0, x2)",
+    ),
+    "padded window": (
+        of_transformers("create_sliding_window_causal_mask"),
+        of_inputs(("attention_mask",)),
+        "t0 = gt(x0, x1); t1 = le(x0, x2); t2 = and(t0, t1); mask = and(t2, x3)",
+    ),
+    "padded chunks": (
+        of_transformers("create_chunked_causal_mask"),
+        of_inputs(("attention_mask",)),
+        "t0 = eq(x0, x1); t1 = le(x2, x3); t2 = and(t0, t1); mask = and(t2, x4)",
+    ),
+    "image blocks": (
+        of_transformers("create_causal_mask"),
+        of_inputs(("attention_mask", "other")),
+        "t0 = le(x0, x1); t1 = eq(x2, x3); t2 = and(t1, x4); t3 = or(t0, t2); mask = and(t3, x5)",
+    ),
+    "or, and, through vmap": (
+        of_transformers("create_causal_mask", or_mask_function=both_ways, and_mask_function=both_ways),
+        of_inputs(("attention_mask",)),
+        "t0 = le(x0, x1); t1 = sub(x1, x0); t2 = abs(t1); t3 = lt(t2, 2); t4 = or(t0, t3); t5 = and(t4, t3); "
+        "mask = and(t5, x2)",
+    ),
+    "bidirectional": (
+        of_transformers("create_bidirectional_mask"),
+        of_inputs(("attention_mask",)),
+        "mask = and(x0, x1)",
+    ),
+    "padded by hand": (
+        padded_by_hand,
+        of_inputs(("attention_mask",)),
+        "t0 = le(x0, x1); t1 = mul(t0, x2); t2 = float(t1); t3 = sub(1.0, t2); t4 = mul(t3, -3.4028234663852886e+38); "
+        "mask = gt(t4, -1000000000.0); bias = copy(t4)",
+    ),
+    "prefixes": (with_prefixes, of_inputs(("other",)), "t0 = le(x0, x1); mask = or(t0, x2)"),
+    "documents": (documents, of_inputs(("attention_mask",)), "t0 = eq(x0, x1); t1 = le(x2, x3); mask = and(t0, t1)"),
+}
+
+
+@pytest.mark.parametrize(("mask", "inputs", "rule"), MASKS.values(), ids=MASKS)
+def test_masks_of_inputs_are_lifted(mask: Any, inputs: Any, rule: str):
+    model = Masked(mask)
+    program = after("raise_attention", model, inputs())
+    assert AttentionArgs(*call(program, "sp_compile.attention").args).rule == rule
+    assert (program.fallbacks, wide_nodes(program)) == ([], [])
+    found = outputs(program, run_whole(program, inputs()))[0]
+    expected = model(**inputs())
+    sees = inputs().get("attention_mask", torch.ones(1, 1))[:, None, :, None] > 0
+    torch.testing.assert_close(found.where(sees, 0), expected.where(sees, 0), atol=1e-5, rtol=1e-5)
+
+
+def test_a_matrix_that_the_caller_passes_stays_one_operand():
+    inputs = {**embeds(32), "other": torch.randn(1, 4, 11, 11, generator=torch.Generator().manual_seed(0))}
+    model = Masked(lambda x, other: torch.where(seen(x), other, -torch.inf))
+    program = after("raise_attention", model, inputs)
+    attention = AttentionArgs(*call(program, "sp_compile.attention").args)
+    assert attention.rule == "mask = le(x0, x1); bias = copy(x2)"
+    (miss,) = program.fallbacks
+    assert miss.reason == "mask not lifted, cut to the rank's rows: an input of the model"
+    torch.testing.assert_close(outputs(program, run_whole(program, inputs))[0], model(**inputs))
