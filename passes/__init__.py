@@ -3,6 +3,7 @@
 if __name__ != "sp_compile.passes":
     raise ImportError("import sp_compile.passes: the folder 'passes' is installed under that name")
 
+from sp_compile.passes.isolate_requests import IsolateRequests
 from sp_compile.passes.localize_shapes import LocalizeShapes
 from sp_compile.passes.lower_attention import LowerAttention
 from sp_compile.passes.lower_redistributes import LowerRedistributes
@@ -18,6 +19,7 @@ from sp_compile.passes.shard_tokens import ShardTokens
 DEFAULT = (
     Normalize,
     RaiseAttention,
+    IsolateRequests,
     ShardTokens,
     PropagatePlacements,
     ShardAttention,

@@ -14,6 +14,7 @@ from sp_compile import fingerprint
 from sp_compile import mesh as meshes
 from sp_compile.config import CompileConfig, compile_config
 from sp_compile.errors import UnsupportedModelError
+from sp_compile.inputs import requests_alone
 from sp_compile.pipeline import check_complete
 from sp_compile.report import Report
 from sp_compile.runtime import ParallelModule
@@ -109,7 +110,8 @@ def verify(model: nn.Module, batch: Mapping[str, Any], **overrides: Any) -> Veri
         **overrides: for a plain model, fields of ``CompileConfig``.
 
     An output is right when its largest absolute difference is within the dtype's tolerance times the output's largest
-    magnitude (1e-5 for fp32). Every rank runs the unsharded model.
+    magnitude (1e-5 for fp32). Every rank runs the unsharded model: on the same batch or, where requests were isolated
+    that it would mix, on each request alone, whose outputs are then put together along the token dim.
 
     Raises:
         UnsupportedModelError: ``model`` leaves its outputs sharded.
@@ -119,9 +121,24 @@ def verify(model: nn.Module, batch: Mapping[str, Any], **overrides: Any) -> Veri
     if model.compile_config.outputs != "full":
         raise UnsupportedModelError('verify compares whole outputs; parallelize with outputs="full"')
     with torch.no_grad():
-        found, expected = _tensors(model(**batch)), _tensors(model.module(**model.options(batch)))
+        found = _tensors(model(**batch))
+        expected = _alone(model, batch, found) if model.isolated else _tensors(model.module(**model.options(batch)))
     names = [*expected, *(name for name in found if name not in expected)]
     return Verification([_check(name, found.get(name), expected.get(name)) for name in names])
+
+
+def _alone(model: ParallelModule, batch: Mapping[str, Any], found: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """The outputs of each request alone, put together as those that were found."""
+    assert model.layout is not None, "there was a forward"
+    lengths = model.layout.lengths
+    parts = [_tensors(model.module(**each)) for each in requests_alone(model.module, batch, lengths)]
+    whole = {}
+    for name in parts[0]:
+        pieces = [each[name] for each in parts]
+        dims = [dim for dim in range(pieces[0].dim()) if [each.shape[dim] for each in pieces] == [*lengths]]
+        same = name in found and found[name].dim() == pieces[0].dim()
+        whole[name] = torch.cat(pieces, dim=dims[0]) if same and len(dims) == 1 else pieces[-1]
+    return whole
 
 
 def _check(name: str, found: torch.Tensor | None, expected: torch.Tensor | None) -> OutputCheck:

@@ -13,14 +13,15 @@ class PackedBatch(Mapping[str, torch.Tensor]):
     """Requests packed into one row; ``model(**batch)`` runs them, :meth:`split` takes a result apart.
 
     Holds ``input_ids`` ``[1, T]`` int64 and ``position_ids`` ``[1, T]`` int64, which restart at 0 with every request,
-    the form in which transformers recognises a packed batch. ``lengths`` are the tokens of each request.
+    the form in which transformers recognises a packed batch. ``lengths`` are the tokens of each request; the tensors carry
+    them, so one alone will do: ``model(batch["input_ids"])``.
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], lengths: Sequence[int]) -> None:
         self._tensors = {name: tensor.view(tensor.shape) for name, tensor in tensors.items()}
         self.lengths = tuple(lengths)
         for tensor in self._tensors.values():
-            tensor._sp_compile_packed = True  # type: ignore[attr-defined]
+            tensor._sp_compile_lengths = self.lengths  # type: ignore[attr-defined]
 
     def __getitem__(self, key: str) -> torch.Tensor:
         return self._tensors[key]
@@ -50,9 +51,9 @@ class PackedBatch(Mapping[str, torch.Tensor]):
         return list(torch.split(output, list(self.lengths), dim=dim))
 
 
-def is_packed(tensor: torch.Tensor) -> bool:
-    """Whether the tensor is part of a batch that :func:`pack` made."""
-    return getattr(tensor, "_sp_compile_packed", False)
+def packed_lengths(tensor: torch.Tensor) -> tuple[int, ...] | None:
+    """Tokens of each request, if the tensor is part of a batch that :func:`pack` made."""
+    return getattr(tensor, "_sp_compile_lengths", None)
 
 
 def pack(requests: Sequence[torch.Tensor | Sequence[int]], device: torch.device | str | None = None) -> PackedBatch:

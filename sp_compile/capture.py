@@ -61,6 +61,12 @@ def capture(gm: fx.GraphModule, sp: int, group_name: str, outputs: str) -> Progr
     return program
 
 
+def keep_sources(gm: fx.GraphModule) -> None:
+    """Note where each input comes from, for captures after the first."""
+    for node in gm.graph.find_nodes(op="placeholder"):
+        _source(node)
+
+
 def _source(node: fx.Node) -> str:
     """Dynamo's text for where an input comes from; kept, since Dynamo forgets it after the first capture."""
     argument = node.meta.get("grapharg")

@@ -67,6 +67,8 @@ def _summary(result: JobResult) -> Table:
         table.add_row("peak memory of that forward", _bytes(unsharded.peak_bytes))
     table.add_row("bytes sent by each rank in a forward", _bytes(result.bytes_sent))
     table.add_row("collectives in a forward", str(len(result.collectives)))
+    if result.isolation:
+        table.add_row("requests isolated", result.isolation)
     table.add_row("fallbacks", str(sum(each["count"] for each in result.fallbacks)))
     return table
 

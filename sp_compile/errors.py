@@ -26,7 +26,11 @@ class BatchError(SPCompileError, ValueError):
 
 
 class RequestsMixedError(SPCompileError, ValueError):
-    """A batch from ``pack`` on a model that lets one request see another."""
+    """A batch from ``pack`` whose requests would see each other; ``curable`` where isolating them might help."""
+
+    def __init__(self, message: str, curable: bool = True) -> None:
+        super().__init__(message)
+        self.curable = curable
 
 
 class MeshError(SPCompileError, ValueError):

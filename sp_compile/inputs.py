@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from sp_compile.batch import is_packed, request_lengths
+from sp_compile.batch import packed_lengths, request_lengths
 from sp_compile.capture import TOKEN_INPUTS
 from sp_compile.errors import BatchError, UnsupportedModelError
 
@@ -75,34 +75,68 @@ def check_inputs(named: Mapping[str, torch.Tensor], device: torch.device) -> Non
 
 
 def request_lengths_of(named: Mapping[str, torch.Tensor]) -> tuple[int, ...]:
-    """Requests of the batch: read from position ids where they pack several into one row, else one per row.
+    """Requests of the batch: as ``pack`` packed them, or as position ids pack them into one row, else one per row.
 
     Raises:
-        BatchError: position ids that neither count up nor restart.
+        BatchError: position ids that neither count up nor restart, or tensors of different packed batches.
     """
+    marks = {name: lengths for name, each in named.items() if (lengths := packed_lengths(each)) is not None}
+    if len(set(marks.values())) > 1:
+        told = ", ".join(f"{name} of {list(lengths)} tokens" for name, lengths in marks.items())
+        raise BatchError(f"the inputs come from batches of different requests: {told}; pass those of one batch")
+    if marks:
+        return next(iter(marks.values()))
     positions = named.get("position_ids")
-    packs = "attention_mask" not in named or from_pack(named)
+    packs = "attention_mask" not in named
     if packs and positions is not None and positions.dim() == 2 and positions.shape[0] == 1:
         return request_lengths(positions)
     return (length_of(token_input(named)[1]),)
 
 
-def from_pack(named: Mapping[str, torch.Tensor]) -> bool:
+def from_pack(values: Iterable[Any]) -> bool:
     """Whether ``pack`` made the batch, which promises that its requests are kept apart."""
-    return any(is_packed(each) for each in named.values())
+    return any(isinstance(each, torch.Tensor) and packed_lengths(each) is not None for each in values)
 
 
-def forward_options(module: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a forward, with ``use_cache=False`` for a batch from ``pack`` that does not say.
+def forward_options(module: nn.Module, kwargs: Mapping[str, Any], args: Sequence[Any] = ()) -> dict[str, Any]:
+    """The keyword arguments of a forward; for a batch from ``pack``, as it can be run.
 
-    With a cache, transformers models do not keep packed requests apart, and nothing could be decoded from it.
+    ``use_cache=False`` where it does not say: nothing could be decoded from a cache of several requests. And no
+    ``position_ids`` that the forward does not take.
     """
-    tensors = {name: each for name, each in kwargs.items() if isinstance(each, torch.Tensor)}
+    if not from_pack([*args, *kwargs.values()]):
+        return dict(kwargs)
     parameters = inspect.signature(module.forward).parameters
     passes_on = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
     configured = hasattr(getattr(module, "config", None), "use_cache")
     takes_cache = "use_cache" in parameters or (passes_on and configured)
-    return {"use_cache": False, **kwargs} if takes_cache and from_pack(tensors) else dict(kwargs)
+    if "position_ids" not in parameters and not passes_on:
+        kwargs = without_packed_positions(module, kwargs)
+    return {"use_cache": False, **kwargs} if takes_cache else dict(kwargs)
+
+
+def without_packed_positions(module: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments without the positions that ``pack`` wrote, where the model's forward can count itself."""
+    positions = kwargs.get("position_ids")
+    parameter = inspect.signature(module.forward).parameters.get("position_ids")
+    needed = parameter is not None and parameter.default is parameter.empty
+    if needed or not from_pack([positions]):
+        return dict(kwargs)
+    return {name: each for name, each in kwargs.items() if name != "position_ids"}
+
+
+def requests_alone(module: nn.Module, kwargs: Mapping[str, Any], lengths: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """The arguments with which the model runs each request of a packed row alone."""
+    kwargs = without_packed_positions(module, forward_options(module, kwargs))
+    tokens, end = sum(lengths), 0
+    for length in lengths:
+        start, end = end, end + length
+        cut = {}
+        for name, value in kwargs.items():
+            cut[name] = value
+            for dim in token_dims_of(value, tokens, name) if isinstance(value, torch.Tensor) else ():
+                cut[name] = cut[name].narrow(dim, start, length)
+        yield cut
 
 
 def mark_token_dims(value: Any, length: int, name: str = "") -> Any:
@@ -110,10 +144,13 @@ def mark_token_dims(value: Any, length: int, name: str = "") -> Any:
     if not isinstance(value, torch.Tensor) or length == 0:
         return value
     alias = value.detach().view(value.shape) if not value.requires_grad else value.detach()
-    first = 0 if value.dim() == 1 else value.dim() - 1 if name == "position_ids" else 1
-    for dim in range(first, value.dim()):
-        if value.shape[dim] == length:
-            torch._dynamo.mark_dynamic(alias, dim)
-            if value.dim() == 3 and name != "attention_mask":
-                break
+    for dim in token_dims_of(value, length, name):
+        torch._dynamo.mark_dynamic(alias, dim)
     return alias
+
+
+def token_dims_of(value: torch.Tensor, length: int, name: str = "") -> list[int]:
+    """Dims of an input that are the tokens."""
+    first = 0 if value.dim() == 1 else value.dim() - 1 if name == "position_ids" else 1
+    dims = [dim for dim in range(first, value.dim()) if value.shape[dim] == length]
+    return dims[:1] if value.dim() == 3 and name != "attention_mask" else dims

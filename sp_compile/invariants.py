@@ -12,6 +12,7 @@ from torch import fx
 from sp_compile import ops
 from sp_compile.placements import REPLICATE, Gathered, Placement, Replicate, Shard, describe
 from sp_compile.program import Program, op_name, placement, uncut_tokens
+from sp_compile.requests import keeps_apart
 from sp_compile.rules import Call, NoRule, apply
 from sp_compile.symbols import expr, is_tensor, shape_of
 
@@ -50,6 +51,15 @@ def _raised(program: Program) -> None:
     for node in program.graph.nodes:
         if node.target is torch.ops.aten.scaled_dot_product_attention.default and not node.meta.get("not_raised"):
             raise Violation(node, "sp_compile.attention, or the reason it was not raised", str(node.target))
+
+
+def _apart(program: Program) -> None:
+    if not program.isolated:
+        return
+    for node in ops.attention_nodes(program.graph):
+        args = ops.AttentionArgs(*node.args)
+        if not keeps_apart(args.rule, args.operands):
+            raise Violation(node, "a mask that hides other requests", repr(args.rule))
 
 
 def _tokens_sharded(program: Program) -> None:
@@ -184,6 +194,7 @@ def _local(program: Program) -> None:
 FUNCTIONAL = Invariant("functional", _functional)
 CANONICAL = Invariant("canonical", _canonical)
 RAISED = Invariant("attention_raised", _raised)
+APART = Invariant("requests_apart", _apart)
 TOKENS_SHARDED = Invariant("tokens_sharded", _tokens_sharded)
 PLACED = Invariant("placed", _placed)
 KEYS_PADDED = Invariant("keys_in_padded_order", _keys_in_padded_order)

@@ -17,7 +17,7 @@ from sp_compile.api import TOLERANCE, explain, parallelize
 from sp_compile.batch import PackedBatch, pack
 from sp_compile.config import JobConfig
 from sp_compile.errors import ConfigError
-from sp_compile.inputs import forward_options
+from sp_compile.inputs import forward_options, requests_alone
 from sp_compile.launch import launch
 from sp_compile.loading import build_model, read_requests
 from sp_compile.measure import PeakMemory, machine, median_seconds, seconds, versions
@@ -66,6 +66,7 @@ class JobResult:
     forward_seconds: float
     bytes_sent: int
     collectives: list[dict[str, Any]]
+    isolation: str
     fallbacks: list[dict[str, Any]]
     ranks: list[RankResult]
     unsharded: Unsharded | None
@@ -170,7 +171,7 @@ def run_rank(job: JobConfig, show: Show = _silent) -> JobResult | None:
     unsharded = None
     if job.run.compare and world_rank == 0:
         with show("the unsharded model, for comparison"):
-            unsharded = compare(job, parallel.module, batch, output.logits)
+            unsharded = compare(job, parallel.module, batch, output, alone=parallel.isolated)
     _barrier()
     if world_rank != 0:
         return None
@@ -184,6 +185,7 @@ def run_rank(job: JobConfig, show: Show = _silent) -> JobResult | None:
         forward_seconds=max(each.forward_seconds for each in ranks),
         bytes_sent=report.bytes_sent,
         collectives=[dataclasses.asdict(each) for each in report.collectives],
+        isolation=report.isolation,
         fallbacks=[dataclasses.asdict(each) for each in report.fallbacks],
         ranks=ranks,
         unsharded=unsharded,
@@ -193,26 +195,33 @@ def run_rank(job: JobConfig, show: Show = _silent) -> JobResult | None:
     )
 
 
-def _forward(model: nn.Module, batch: PackedBatch) -> Callable[[], Any]:
-    options = forward_options(model, batch)
+def _forward(model: nn.Module, batch: PackedBatch, alone: bool = False) -> Callable[[], torch.Tensor]:
+    """Runs the batch, or each of its requests alone, for its logits."""
+    calls = list(requests_alone(model, batch, batch.lengths)) if alone else [forward_options(model, batch)]
 
-    def forward() -> Any:
+    def forward() -> torch.Tensor:
         with torch.no_grad():
-            return model(**options)
+            logits = [model(**each).logits for each in calls]
+        return torch.cat(logits, dim=1) if alone else logits[0]
 
     return forward
 
 
-def compare(job: JobConfig, model: nn.Module, batch: PackedBatch, logits: torch.Tensor) -> Unsharded:
-    """Run the unsharded model with all threads of the job, and compare its logits ``[1, T, vocabulary]``."""
-    forward = _forward(model, batch)
+def compare(
+    job: JobConfig, model: nn.Module, batch: PackedBatch, logits: torch.Tensor, alone: bool = False
+) -> Unsharded:
+    """Run the unsharded model with all threads of the job, and compare its logits ``[1, T, vocabulary]``.
+
+    ``alone`` runs each request for itself, for a model that would mix them.
+    """
+    forward = _forward(model, batch, alone)
     threads = torch.get_num_threads()
     torch.set_num_threads(min(threads * job.run.sp, len(os.sched_getaffinity(0))))
     for _ in range(job.run.warmup):
         forward()
     median = median_seconds(forward, job.run.repeats, logits.device, lambda: None)
     with PeakMemory(logits.device) as peak:
-        expected = forward().logits
+        expected = forward()
     used = torch.get_num_threads()
     torch.set_num_threads(threads)
     difference = float((logits.double() - expected.double()).abs().max())

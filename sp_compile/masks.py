@@ -28,14 +28,19 @@ UNKNOWN: Interval = (np.asarray(-np.inf), np.asarray(np.inf))
 class MaskKind:
     """One rule with the outputs of :attr:`Masks.gm` that are its operands; None where it depends on activations.
 
-    ``chosen`` says that which keys a query sees depends on the tokens themselves, as with an indexer.
+    Attributes:
+        tables: entries and dtype of the tables that the rule reads.
+        chosen: which keys a query sees depends on the tokens themselves, as with an indexer.
+        empty_mean: a query that sees no key takes the mean of all values.
     """
 
     rule: str
     operands: tuple[int | None, ...]
     layers: int
     source: str
+    tables: tuple[tuple[int, torch.dtype], ...] = ()
     chosen: bool = False
+    empty_mean: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,20 +67,28 @@ def read_masks(program: Program, device: torch.device | None = None) -> Masks:
     found: dict[tuple[Any, ...], list[fx.Node]] = {}
     for node in ops.attention_nodes(program.graph):
         args = ops.AttentionArgs(*node.args)
-        found.setdefault((tuple(args.operands), args.rule), []).append(node)
-    known, of_tokens = _follows_from_inputs(program), _depends_on_tokens(program)
-    operands = list(dict.fromkeys(each for nodes, _ in found for each in nodes if each in known))
+        kind = (tuple(args.operands), args.rule, tuple(map(_table, args.tables)), args.empty_mean)
+        found.setdefault(kind, []).append(node)
+    known, of_tokens = follows_from_inputs(program), _depends_on_tokens(program)
+    operands = list(dict.fromkeys(each for nodes, *_ in found for each in nodes if each in known))
     kinds = tuple(
         MaskKind(
             rule,
             tuple(operands.index(each) if each in known else None for each in nodes),
             len(users),
             source_line(users[0]),
+            tables,
             any(each not in known and each in of_tokens and _is_matrix(each, program) for each in nodes),
+            empty_mean,
         )
-        for (nodes, rule), users in found.items()
+        for (nodes, rule, tables, empty_mean), users in found.items()
     )
-    return Masks(*_slice(program, operands, device), kinds)
+    return Masks(*slice_of(program, operands, device), kinds)
+
+
+def _table(node: fx.Node) -> tuple[int, torch.dtype]:
+    value = node.meta["val"]
+    return int(value.shape[-1]), value.dtype
 
 
 def _depends_on_tokens(program: Program) -> set[fx.Node]:
@@ -91,7 +104,7 @@ def _is_matrix(node: fx.Node, program: Program) -> bool:
     return len(shape_of(node)) >= 2 and list(shape_of(node)[-2:]) == [program.tokens] * 2
 
 
-def _follows_from_inputs(program: Program) -> set[fx.Node]:
+def follows_from_inputs(program: Program) -> set[fx.Node]:
     """Nodes computed from integer inputs and constants: no weights, no floating-point inputs."""
     known: set[fx.Node] = set()
     for node in program.graph.nodes:
@@ -105,9 +118,10 @@ def _follows_from_inputs(program: Program) -> set[fx.Node]:
     return known
 
 
-def _slice(
+def slice_of(
     program: Program, outputs: Sequence[fx.Node], device: torch.device | None
 ) -> tuple[fx.GraphModule, tuple[str, ...]]:
+    """The part of the graph that computes these nodes, and the names of its inputs."""
     needed, stack = set(), list(outputs)
     while stack:
         node = stack.pop()

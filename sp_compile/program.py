@@ -15,7 +15,8 @@ from sp_compile.placements import REPLICATE, Placement, describe
 from sp_compile.symbols import is_float, is_tensor, length_input, tensors_of, token_dims
 
 LETTERS = {"tokens": "T", "shard_length": "n"}
-INDEX_INPUTS = ("local_index", "gathered_index", "gathered_valid", "restore_index", "rank")
+INDEX_INPUTS = ("local_index", "gathered_index", "gathered_valid", "restore_index", "rank", "request_index",
+                "request_start")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class Program:
         group_name: process group of the collectives.
         token_inputs: placeholders whose rows are cut to the rank's, with their token dim.
         outputs: ``full`` or ``sharded``.
+        isolated: made for packed batches that the model itself would mix.
+        isolation: what was done to keep their requests apart.
         fallbacks: what was computed on gathered inputs.
         local_inputs: fake inputs of the local graph, once shapes are local.
         symbols: sizes of the local graph by name: ``tokens``, ``shard_length``.
@@ -55,6 +58,8 @@ class Program:
     group_name: str
     token_inputs: dict[str, int]
     outputs: str = "full"
+    isolated: bool = False
+    isolation: str = ""
     fallbacks: list[Fallback] = field(default_factory=list)
     local_inputs: list[Any] | None = None
     symbols: dict[str, torch.SymInt] = field(default_factory=dict)

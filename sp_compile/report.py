@@ -44,6 +44,7 @@ class Report:
         attention_area_per_rank: query-key pairs that the masks leave, over all layers and sequences; an upper bound
             where a mask depends on activations.
         collectives: those of the local graph, in order.
+        isolation: what the pass ``isolate_requests`` did to keep the requests apart; empty where the model does itself.
         fallbacks: ops on gathered inputs, attention that was not raised and masks that were not lifted.
         steps: what each pass did; with text of the graph only from ``explain``.
     """
@@ -55,6 +56,7 @@ class Report:
     tokens_per_rank: list[int]
     attention_area_per_rank: list[int]
     collectives: list[Collective]
+    isolation: str
     fallbacks: list[Fallback]
     steps: list[PassStep]
 
@@ -92,6 +94,7 @@ def make_report(program: Program, steps: Sequence[PassStep], layout: TokenLayout
         tokens_per_rank=list(layout.tokens_per_rank),
         attention_area_per_rank=attention_area(layout, rows),
         collectives=list(_collectives(program, layout)),
+        isolation=program.isolation,
         fallbacks=list(program.fallbacks),
         steps=list(steps),
     )
@@ -143,6 +146,8 @@ def _text(report: Report) -> list[str]:
     ]
     for rank, (tokens, area) in enumerate(zip(report.tokens_per_rank, report.attention_area_per_rank, strict=True)):
         text.append(f"{rank:4}  {tokens:6}  {area:14}")
+    if report.isolation:
+        text += ["", f"requests isolated: {report.isolation}"]
     text += ["", "pass                     lines changed  seconds"]
     text += [f"{step.name:24} {step.changed:>13}  {step.seconds:7.3f}" for step in report.steps]
     text += ["", f"{len(report.collectives)} collectives, {report.bytes_sent} bytes sent by each rank"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache, wraps
 from typing import Any
 
@@ -11,10 +12,17 @@ import torch
 from torch import fx, nn
 
 from sp_compile import fingerprint
-from sp_compile.capture import capture
+from sp_compile.capture import capture, keep_sources
 from sp_compile.compiled import Compiled, Step
 from sp_compile.config import CompileConfig
-from sp_compile.errors import BatchError, CaptureError, FallbackError, SPCompileError, UnsupportedModelError
+from sp_compile.errors import (
+    BatchError,
+    CaptureError,
+    FallbackError,
+    RequestsMixedError,
+    SPCompileError,
+    UnsupportedModelError,
+)
 from sp_compile.inputs import (
     check_inputs,
     forward_options,
@@ -23,6 +31,7 @@ from sp_compile.inputs import (
     named_tensors,
     request_lengths_of,
     token_input,
+    without_packed_positions,
 )
 from sp_compile.layout import TokenLayout, token_layout
 from sp_compile.mesh import Group
@@ -42,9 +51,9 @@ DYNAMO: dict[str, Any] = {
 class _Explained(Exception):
     """Ends a forward that only was to be captured."""
 
-    def __init__(self, compiled: Compiled) -> None:
+    def __init__(self, compiled: Compiled, step: Step) -> None:
         super().__init__()
-        self.compiled = compiled
+        self.compiled, self.step = compiled, step
 
 
 class ParallelModule(nn.Module):
@@ -68,8 +77,9 @@ class ParallelModule(nn.Module):
         self.pipeline: tuple[Pass, ...] = build_pipeline(config.pipeline, config.attention, config.kernel)
         self._signature = inspect.signature(module.forward)
         self._compiled: list[Compiled] = []
-        self._last: Compiled | None = None
+        self._last: tuple[Compiled, Step] | None = None
         self._static: set[Any] = set()
+        self._mixing: set[Any] = set()
         self._step: Step | None = None
         self._explained: Mapping[str, Any] | None = None
         self.training = module.training
@@ -90,14 +100,14 @@ class ParallelModule(nn.Module):
     @property
     def compiles(self) -> int:
         """How many times code was generated so far."""
-        return sum(each.local.compiles for each in self._compiled)
+        return sum(each.compiles for each in self._compiled)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward.
 
         Raises:
             BatchError: inputs that cannot be laid out.
-            RequestsMixedError: a batch from ``pack`` on a model that does not keep its requests apart.
+            RequestsMixedError: a batch from ``pack`` whose requests cannot be kept apart.
             CaptureError: the model does not capture into one graph.
             FallbackError: an op had to be computed on gathered inputs and the configuration is strict.
             RankMismatchError: ranks disagree on configuration, inputs or graph.
@@ -105,15 +115,10 @@ class ParallelModule(nn.Module):
         """
         if self.training:
             raise UnsupportedModelError("training through sp_compile is not supported yet; call model.eval()")
-        kwargs = self.options(kwargs)
+        kwargs = self.options(kwargs, args)
         with fingerprint.naming_failed_ranks(self.group):
-            named, layout = self._agree(args, kwargs)
-            self.layout = layout
-            self._step = self._prepare(named, layout)
-            try:
-                return self._call(args, kwargs, layout)
-            finally:
-                self._step = None
+            named, self.layout = self._agree(args, kwargs)
+            return self._apart(args, kwargs, self._prepare(named, self.layout))
 
     def explain(self, batch: Mapping[str, Any]) -> Report:
         """Capture the forward of this batch and run the pipeline on it, but nothing else.
@@ -122,22 +127,24 @@ class ParallelModule(nn.Module):
             The errors of :meth:`forward`, but for those about ranks.
         """
         batch = self.options(batch)
-        named, layout = self._lay_out((), batch)
-        self.layout, self._explained = layout, batch
-        self._step = Step(layout, {}, from_pack(named))
-        device = self._device(named)
-        moved = {name: each.to(device) if isinstance(each, torch.Tensor) else each for name, each in batch.items()}
+        named, self.layout = self._lay_out((), batch)
+        self._explained = batch
         try:
-            self._call((), moved, layout)
+            self._apart((), batch, Step(self.layout, {}, self._promised(named, self.layout)))
         except _Explained as explained:
-            return explained.compiled.report(layout)
+            return explained.compiled.report(explained.step)
         finally:
-            self._step = self._explained = None
+            self._explained = None
         raise AssertionError("the captured graph ran")
 
-    def options(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    def options(self, kwargs: Mapping[str, Any], args: Sequence[Any] = ()) -> dict[str, Any]:
         """The arguments of a forward; see :func:`sp_compile.inputs.forward_options`."""
-        return forward_options(self.module, kwargs)
+        return forward_options(self.module, kwargs, args)
+
+    @property
+    def isolated(self) -> bool:
+        """Whether the pass ``isolate_requests`` kept the requests of the last forward apart."""
+        return self._last is not None and self._last[1].isolated
 
     def report(self) -> Report:
         """What the last forward ran: passes, collectives with bytes, rows per rank, fallbacks.
@@ -145,16 +152,17 @@ class ParallelModule(nn.Module):
         Raises:
             BatchError: there was no forward yet.
         """
-        if self._last is None or self.layout is None:
+        if self._last is None:
             raise BatchError("there is no report before the first forward; call the model once")
-        return self._last.report(self.layout)
+        compiled, step = self._last
+        return compiled.report(step)
 
     def build(
-        self, gm: fx.GraphModule, trace: bool = False, hints: Mapping[str, int] | None = None
+        self, gm: fx.GraphModule, isolated: bool = False, trace: bool = False, hints: Mapping[str, int] | None = None
     ) -> tuple[Program, list[PassStep]]:
         """Capture Dynamo's graph into a program and run the pipeline on it."""
         program = capture(gm, self.group.size, self.group.name, self.compile_config.outputs)
-        program.hints = hints or {}
+        program.isolated, program.hints = isolated, hints or {}
         steps = run_pipeline(program, self.pipeline, self.compile_config.verify_passes, trace)
         return program, steps
 
@@ -167,6 +175,7 @@ class ParallelModule(nn.Module):
             if self.group.size > 1:
                 others = {name: each for name, each in kwargs.items() if not isinstance(each, torch.Tensor)}
                 fields.update(fingerprint.of_inputs(named, layout.lengths, others))
+                fields["whether pack made the batch"] = str(from_pack(named.values()))
         return named, layout
 
     def _lay_out(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], TokenLayout]:
@@ -181,7 +190,42 @@ class ParallelModule(nn.Module):
 
     def _prepare(self, named: Mapping[str, torch.Tensor], layout: TokenLayout) -> Step:
         tokens = token_input(named)[1]
-        return Step(layout, _index_inputs(layout, self.group.rank, tokens.device), from_pack(named))
+        inputs = _index_inputs(layout, self.group.rank, tokens.device)
+        return Step(layout, inputs, self._promised(named, layout))
+
+    def _promised(self, named: Mapping[str, torch.Tensor], layout: TokenLayout) -> bool:
+        """Whether the requests of the batch must be kept apart."""
+        return len(layout.lengths) > 1 and (from_pack(named.values()) or self._isolates == "all")
+
+    @property
+    def _isolates(self) -> str:
+        """Which batches the pass ``isolate_requests`` of the pipeline is for."""
+        return next((getattr(each, "batches") for each in self.pipeline if each.name == "isolate_requests"), "none")
+
+    def _apart(self, args: Sequence[Any], kwargs: Mapping[str, Any], step: Step) -> Any:
+        """Run a forward; where the model would mix requests, with the requests isolated."""
+        options = {name: "" if isinstance(each, torch.Tensor) else repr(each) for name, each in kwargs.items()}
+        key = (tuple(sorted(options.items())), len(args))
+        if key not in self._mixing:
+            try:
+                return self._run_step(args, kwargs, step)
+            except RequestsMixedError as error:
+                if self._isolates == "none" or not error.curable:
+                    raise
+        elif not step.promised:
+            return self._run_step(args, kwargs, step)
+        self._mixing.add(key)
+        return self._run_step(args, without_packed_positions(self.module, kwargs), replace(step, isolated=True))
+
+    def _run_step(self, args: Sequence[Any], kwargs: Mapping[str, Any], step: Step) -> Any:
+        self._step = step
+        if self._explained is not None:
+            device = next(iter([*self.module.parameters(), *self.module.buffers(), torch.empty(0)])).device
+            kwargs = {name: each.to(device) if isinstance(each, torch.Tensor) else each for name, each in kwargs.items()}
+        try:
+            return self._call(args, kwargs, step.layout)
+        finally:
+            self._step = None
 
     def _call(self, args: Sequence[Any], kwargs: Mapping[str, Any], layout: TokenLayout) -> Any:
         length = layout.tokens
@@ -211,14 +255,18 @@ class ParallelModule(nn.Module):
             raise CaptureError(_graph_break(self.module, error)) from error
 
     def _backend(self, gm: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
-        with fingerprint.agreement(self.group) as fields:
-            program, steps = self.build(gm, trace=self._explained is not None)
-            self._refuse_fallbacks(program)
-            fields.update(fingerprint.of_graph(program))
+        keep_sources(gm)
+
+        def agree(isolated: bool) -> tuple[Program, list[PassStep]]:
+            with fingerprint.agreement(self.group) as fields:
+                program, steps = self.build(gm, isolated, trace=self._explained is not None)
+                self._refuse_fallbacks(program)
+                fields.update(fingerprint.of_graph(program))
+            return program, steps
+
         compiled = Compiled(
-            program,
-            steps,
-            build=lambda sizes: self.build(gm, hints=sizes)[0],
+            build=lambda isolated, sizes: self.build(gm, isolated, hints=sizes)[0],
+            agree=agree,
             capture=lambda sp: capture(gm, sp, "analysed", "full"),
             codegen=self.compile_config.codegen,
         )
@@ -230,8 +278,8 @@ class ParallelModule(nn.Module):
             compiled.remember(inputs, self._explained)
             compiled.check_apart(step)
             if self._explained is not None:
-                raise _Explained(compiled)
-            self._last = compiled
+                raise _Explained(compiled, step)
+            self._last = compiled, step
             return compiled.run(inputs, step)
 
         return run

@@ -38,6 +38,7 @@ def result(ok: bool = True) -> JobResult:
         forward_seconds=0.25,
         bytes_sent=3 << 20,
         collectives=[],
+        isolation="2 attention masks joined",
         fallbacks=[fallback],
         ranks=[RankResult(0, 3, 10, 1 << 20, 0.25), RankResult(1, 3, 6, 1 << 20, 0.2)],
         unsharded=Unsharded(0.5, 2, 1 << 30, 1e-6 if ok else 1.0, 1.0, 1e-5, ok),

@@ -57,6 +57,10 @@ def assert_metadata(program: Program) -> None:
     add_after(call(program, "aten.mul"), aten._assert_tensor_metadata.default)
 
 
+def isolate_nothing(program: Program) -> None:
+    program.isolated = True
+
+
 def read_tokens_whole(program: Program) -> None:
     cut = call(program, "redistribute")
     cut.replace_all_uses_with(cut.args[0])
@@ -143,6 +147,9 @@ BROKEN = {
     "attention as it was written": Broken(
         invariants.RAISED, "normalize", attention, lambda program: None,
         r"%scaled_dot_product_attention \(.*\): expected sp_compile.attention, or the reason .*, found aten.sc"),
+    "a mask that was not joined": Broken(
+        invariants.APART, "isolate_requests", attention, isolate_nothing,
+        r"%attention_default \(sp_compile.attention\): expected a mask that hides other requests, found 'mask = le"),
     "tokens read whole": Broken(
         invariants.TOKENS_SHARDED, "shard_tokens", doubled, read_tokens_whole,
         r"%mul\w* \(aten.mul\): expected %inputs_embeds cut to the rank's rows along dim 1, found used whole"),

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import sp_compile
 from sp_compile.errors import RequestsMixedError
 from sp_compile.masks import keys_per_query
+from sp_compile.pipeline import registered_passes
 from sp_compile.score_rule import evaluate
 from tests.zoo.models import tokens
 
@@ -61,7 +62,9 @@ class Layer(torch.nn.Module):
 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         rows = torch.arange(input_ids.shape[1], device=input_ids.device)
-        x = self.embed(input_ids) + self.place(position_ids if self.positions == "ids" else rows)
+        places = {"ids": position_ids, "rows": rows, "from the end": rows.flip(0)}
+        places["of the longest"] = position_ids * 0 + position_ids.max()
+        x = self.embed(input_ids) + self.place(places[self.positions])
         q, k, v = (each[:, None] for each in self.qkv(x).split(16, dim=-1))
         owner = torch.cumsum(position_ids[0] == 0, 0)
         keep = rows[:, None] >= rows
@@ -83,32 +86,49 @@ class Layer(torch.nn.Module):
             x = x + F.conv1d(F.pad(x.transpose(1, 2), (1, 0)), torch.ones(16, 16, 2)).transpose(1, 2)
         if self.extra == "mean":
             x = x + x.mean(dim=1, keepdim=True)
+        if self.extra == "length":
+            x = x * input_ids.shape[1]
         if self.extra == "first token":
             x = x + x[:, :1]
         return self.head(x)
 
 
-def explain(model: torch.nn.Module, sp: int) -> Any:
+def explain(model: torch.nn.Module, sp: int, isolate: str = "none") -> Any:
     torch._dynamo.reset()
-    return sp_compile.explain(model.eval(), sp_compile.pack(tokens(31).split((11, 13, 7))), sp=sp)
+    pipeline = [{each: {"batches": isolate}} if each == "isolate_requests" else each for each in registered_passes()]
+    batch = sp_compile.pack(tokens(31).split((11, 13, 7)))
+    return sp_compile.explain(model.eval(), batch, sp=sp, pipeline=pipeline)
 
 
 @pytest.mark.parametrize("sp", [1, 2])
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        (Layer("causal"), r"the attention at .*test_masks.py:\d+ lets a request see the one before it"),
+        (Layer("causal"), r"the attention at .*test_masks.py:\d+ lets a request see others"),
         (Layer("chunks of the row"), r"the mask of the attention at .*test_masks.py:\d+ depends on where in the row"),
         (Layer("packed", positions="rows"), r"aten.add .*test_masks.py:\d+\) takes the place of a token in the row"),
+        (Layer("packed", positions="of the longest"), r"aten.add .*\) takes the place of a token in the row"),
+        (Layer("packed", extra="length"), r"aten.mul .*test_masks.py:\d+\) takes the place of a token in the row"),
         (Layer("packed", extra="convolution"), r"aten.constant_pad_nd .* computes over the tokens of the whole row"),
         (Layer("packed", extra="mean"), r"aten.mean .*test_masks.py:\d+\) computes over the tokens of the whole row"),
         (Layer("packed", extra="first token"), r"aten.add .*test_masks.py:\d+\) brings single tokens to all others"),
     ],
-    ids=["causal", "chunks of the row", "row positions", "convolution", "mean", "first token"],
+    ids=lambda each: "-".join((each.mask, each.positions, each.extra)) if isinstance(each, Layer) else "",
 )
 def test_what_mixes_packed_requests_is_named(model: Layer, words: str, sp: int):
     with pytest.raises(RequestsMixedError, match=words):
         explain(model, sp)
+
+
+@pytest.mark.parametrize("positions", ["of the longest", "from the end"])
+def test_positions_that_do_not_restart_are_refused_though_requests_are_isolated(positions: str):
+    with pytest.raises(RequestsMixedError, match="takes the place of a token in the row"):
+        explain(Layer("causal", positions=positions), 2, isolate="packed")
+
+
+@pytest.mark.parametrize("model", [Layer("causal"), Layer("chunks of the row"), Layer("packed", positions="rows")])
+def test_what_can_be_isolated_is_not_refused(model: Layer):
+    assert "1 attention masks joined" in explain(model, 2, isolate="packed").isolation
 
 
 @pytest.mark.parametrize("mask", ["packed", "chunks of the request"])

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import sp_compile
-from sp_compile.errors import BatchError, CaptureError, FallbackError, RequestsMixedError, UnsupportedModelError
+from sp_compile.errors import BatchError, CaptureError, FallbackError, UnsupportedModelError
 from tests.models import gpt, llama
 from tests.zoo.models import tokens
 
@@ -288,16 +288,14 @@ def test_strict_refuses_what_would_fall_back_with_its_line():
         sp_compile.explain(model, {"input_ids": tokens(1, 9)}, sp=2, strict=True)
 
 
-def test_packed_requests_are_refused_where_a_cache_makes_the_model_mix_them():
+def test_packed_requests_are_kept_apart_where_a_cache_or_a_mask_makes_the_model_mix_them():
     parallel = sp_compile.parallelize(llama(), sp=1, codegen="eager")
-    with pytest.raises(RequestsMixedError, match=r"sdpa_attention.py:\d+ lets a request see .* Pass use_cache=False"):
-        parallel(**packed(5, 3), use_cache=True)
-    with pytest.raises(RequestsMixedError):
-        parallel(**packed(5, 3), attention_mask=torch.ones(1, 8, dtype=torch.int64), use_cache=False)
-    parallel(**packed(8), use_cache=True)  # one request alone is fine
-    with torch.no_grad():  # a packed batch that does not say is run without a cache
-        alone = [parallel.module(each[None]).logits for each in tokens(8).split((5, 3))]
-        assert error(parallel(**packed(5, 3)).logits, torch.cat(alone, dim=1)) <= 1e-5
+    mask = {"attention_mask": torch.ones(1, 8, dtype=torch.int64)}
+    with torch.no_grad():
+        alone = torch.cat([parallel.module(each[None]).logits for each in tokens(8).split((5, 3))], dim=1)
+        for options, isolated in (({"use_cache": True}, True), (mask, True), ({}, False)):
+            assert error(parallel(**packed(5, 3), **options).logits, alone) <= 1e-5
+            assert parallel.isolated == isolated
     by_hand = {name: value.clone() for name, value in packed(5, 3).items()}
     parallel(**by_hand, use_cache=True)  # the user's own batch gives what the model makes of it
 

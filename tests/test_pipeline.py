@@ -56,7 +56,7 @@ def test_the_attention_strategy_reaches_its_pass_unless_the_pipeline_says_otherw
     ("spec", "message"),
     [
         (["normalise"], r"unknown pass 'normalise'; did you mean 'normalize'\?"),
-        (["qqq"], r"unknown pass 'qqq'; known: localize_shapes, lower_redistributes"),
+        (["qqq"], r"unknown pass 'qqq'; known: isolate_requests, localize_shapes"),
         ([{"minimize_communication": {"join_keys": False}}],
          r"'minimize_communication' has no option 'join_keys'; did you mean 'join_keys_and_values'\?"),
         ([{"normalize": {"deep": True}}], r"pass 'normalize' has no option 'deep'; it has none"),
@@ -75,7 +75,7 @@ def test_a_mistake_in_the_pipeline_is_told(spec: Any, message: str):
     [
         (without("normalize"), r"'raise_attention' requires 'canonical', .*; put normalize before it"),
         (without("shard_tokens"), r"'propagate_placements' requires 'tokens_sharded', .*; put shard_tokens before it"),
-        (without("raise_attention"), r"'shard_attention' requires 'attention_raised', .*; put raise_attention before"),
+        (without("raise_attention"), r"'isolate_requests' requires 'attention_raised', .*; put raise_attention before"),
         (swapped("restore_outputs", "lower_redistributes"), r"'lower_redistributes' requires 'gathered_once'"),
         (swapped("minimize_communication", "lower_redistributes"), r"put minimize_communication before it"),
         ([*NAMES, "restore_outputs"], r"'restore_outputs' requires 'placed', .*; put propagate_placements before it"),

@@ -20,6 +20,7 @@ from sp_compile.layout import TokenLayout, token_layout
 from sp_compile.pipeline import registered_passes
 from sp_compile.placements import Gathered, Partial, QueriesByKeys, Replicate, Shard, describe
 from sp_compile.program import Program, op_name, placement
+from sp_compile.requests import request_inputs
 from sp_compile.runtime import ParallelModule
 from sp_compile.symbols import is_tensor
 
@@ -78,6 +79,7 @@ def after(
     sp: int = 2,
     options: Mapping[str, Mapping[str, Any]] | None = None,
     functional: bool = True,
+    isolated: bool = False,
     **config: Any,
 ) -> Program:
     """The program after the pass ``last`` of the default pipeline, or as captured for None.
@@ -86,6 +88,7 @@ def after(
         model: a module, or a ``forward(self, ...)`` without weights.
         inputs: keyword arguments; by default a packed row of embeddings.
         options: of passes, by their names.
+        isolated: as for a packed batch that the model itself would mix.
         functional: False captures as models are that cannot be made functional, with composite ops as written.
     """
     names = list(registered_passes())
@@ -95,8 +98,8 @@ def after(
     parallel = ParallelModule(module.eval(), mesh.pretend(sp), compile_config(pipeline=pipeline, **config))
     build = parallel.build
 
-    def captured(gm: fx.GraphModule, trace: bool = False) -> Any:
-        raise _Captured(build(gm, trace)[0])
+    def captured(gm: fx.GraphModule, *_: Any, **__: Any) -> Any:
+        raise _Captured(build(gm, isolated)[0])
 
     parallel.build = captured  # type: ignore[method-assign]
     torch._dynamo.reset()
@@ -163,6 +166,7 @@ def _input(program: Program, node: fx.Node, inputs: Mapping[str, torch.Tensor], 
         "gathered_valid": layout.valid.reshape(-1),
         "restore_index": layout.restore_index,
         "rank": torch.tensor(rank),
+        **request_inputs(layout.lengths),
     }
     if "index_input" in node.meta:
         return index_inputs[node.meta["index_input"]]
