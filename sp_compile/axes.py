@@ -120,7 +120,7 @@ def before_view(node: fx.Node, dims: Dims) -> tuple[fx.Node, Dims] | None:
 
 def _dims_before(node: fx.Node, source: fx.Node, own: Dims) -> Dims | None:
     rank, args = len(own), [*node.args[1:]]
-    match node.target._schema.name.removeprefix("aten::"):  # type: ignore[union-attr]
+    match node.target._schema.name.removeprefix("aten::"):
         case "clone" | "contiguous" | "alias" | "detach":
             return own
         case "expand" | "expand_as" | "broadcast_to":
@@ -155,11 +155,11 @@ def after_op(node: fx.Node, source: fx.Node, dims: Dims) -> Dims | None:
     name = node.target._schema.name.removeprefix("aten::") if isinstance(node.target, torch._ops.OpOverload) else ""
     match name:
         case "permute":
-            return tuple(dims[each] for each in args[0])  # type: ignore[union-attr]
+            return tuple(dims[each] for each in args[0])
         case "transpose" | "swapaxes":
             return _swapped(dims, *args)
         case "unsqueeze":
-            at: Any = args[0] % (rank + 1)  # type: ignore[operator]
+            at: Any = args[0] % (rank + 1)
             return (*dims[:at], (), *dims[at:])
         case "squeeze" | "reshape" | "flatten":
             return regroup(dims, shape_of(node))

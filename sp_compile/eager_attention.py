@@ -103,7 +103,7 @@ def over_tokens(root: fx.Node, tokens: Any) -> bool:
     if root.target in SOFTMAXES:
         return True
     try:
-        score_path(root.args[0], tokens)  # type: ignore[arg-type]
+        score_path(root.args[0], tokens)
     except NearestMiss:
         return False
     users = list(root.users) + [after for user in root.users for after in user.users]
@@ -176,7 +176,7 @@ def _frame(form: SoftmaxForm, first: Product, dims: list[Dims], tokens: Any, bat
     """Tell queries from keys: the softmax is over the keys."""
     root = form.root
     at = root.args[1] if root.target in SOFTMAXES else -1
-    over = resolved(dims[-1][at])  # type: ignore[index]
+    over = resolved(dims[-1][at])
     atoms = [atom for each in dims[-1] for atom in resolved(each)]
     rows = [atom for atom in atoms if tokens in atom.size.free_symbols]
     if len(over) != 1 or len(rows) != 2 or any(atom.size != tokens for atom in rows) or over[0] not in rows:

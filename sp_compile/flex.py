@@ -43,14 +43,15 @@ def without_flex(gm: fx.GraphModule) -> fx.GraphModule:
     if not calls:
         return gm
     graph = fx.Graph()
-    result = graph.graph_copy(gm.graph, mapping := {})
+    mapping: dict[fx.Node, fx.Node] = {}
+    result = graph.graph_copy(gm.graph, mapping)
     graph.output(result)
     for node in calls:
         copy = mapping[node]
         with graph.inserting_before(copy):
             parts = _WrittenOut(gm, graph, copy).parts()
         for user in list(copy.users):
-            user.replace_all_uses_with(parts[user.args[1]])  # type: ignore[index]
+            user.replace_all_uses_with(parts[user.args[1]])
             graph.erase_node(user)
         graph.erase_node(copy)
     _remove_dead(graph)
@@ -112,7 +113,7 @@ class _WrittenOut:
         return isinstance(result, fx.Node) and getattr(result.target, "__name__", result.target) == "new_ones"
 
     def _module(self, node: fx.Node) -> fx.GraphModule:
-        return getattr(self.gm, str(node.target))  # type: ignore[no-any-return]
+        return getattr(self.gm, str(node.target))
 
     def _line(self) -> str:
         """The line of the model that calls FlexAttention."""
@@ -150,7 +151,7 @@ class _WrittenOut:
                     f"element; index captured tensors down to one element. {self._line()}"
                 )
             own[node] = self._copied(node, own, module)
-        return own[module.graph.output_node().args[0]]  # type: ignore[index,return-value]
+        return own[module.graph.output_node().args[0]]
 
     def _copied(self, node: fx.Node, own: dict[fx.Node, Any], module: fx.GraphModule) -> fx.Node:
         if node.op == "get_attr":

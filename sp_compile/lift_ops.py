@@ -131,7 +131,7 @@ def _outer(lifter: Lifter, node: fx.Node, dims: Dims) -> Any:
     left, right = node.args[:2]
     if op_of(node) in ("outer", "ger"):
         parts = (left, dims[:1]), (right, dims[1:])
-    elif len(shape_of(left)) >= 2 and len(shape_of(right)) >= 2 and shape_of(left)[-1] == 1:  # type: ignore[arg-type]
+    elif len(shape_of(left)) >= 2 and len(shape_of(right)) >= 2 and shape_of(left)[-1] == 1:
         parts = (left, (*dims[:-1], ())), (right, (*dims[:-2], (), dims[-1]))
     else:
         raise NotLifted(f"{op_of(node)} is not a pointwise op that rules know")
@@ -143,7 +143,7 @@ def _einsum(lifter: Lifter, node: fx.Node, dims: Dims) -> Any:
     inputs, _, output = str(equation).replace(" ", "").partition("->")
     letters = dict(zip(output, dims, strict=False))
     values = []
-    for text, each in zip(inputs.split(","), parts, strict=True):  # type: ignore[arg-type]
+    for text, each in zip(inputs.split(","), parts, strict=True):
         kept = dict(zip(text, shape_of(each), strict=False))
         if len(set(text)) != len(text) or "." in text or any(s != 1 for x, s in kept.items() if x not in letters):
             raise NotLifted(f"einsum {equation!r} sums over a dim")
@@ -178,7 +178,7 @@ def op_of(node: fx.Node) -> str:
 
 def arguments_of(node: fx.Node) -> dict[str, Any]:
     """Arguments by name."""
-    schema = node.target._schema  # type: ignore[union-attr]
+    schema = node.target._schema
     named = {arg.name: value for arg, value in zip(schema.arguments, node.args, strict=False)}
     return {**named, **node.kwargs}
 
@@ -188,9 +188,9 @@ def constant(node: Any) -> Any:
     if not isinstance(node, fx.Node):
         return node
     if node.op == "get_attr":
-        held = getattr(node.graph.owning_module, str(node.target), None)
+        held: Any = getattr(node.graph.owning_module, str(node.target), None)
         is_number = isinstance(held, torch.Tensor) and held.dim() == 0 and not isinstance(held, FakeTensor)
-        return held.item() if is_number else None  # type: ignore[union-attr]
+        return held.item() if is_number else None
     if not is_tensor(node) or not isinstance(node.target, torch._ops.OpOverload):
         return None
     name, dtype = op_of(node), node.meta["val"].dtype
@@ -224,5 +224,5 @@ def is_zero_one(node: fx.Node) -> bool:
     while is_tensor(node) and node.meta["val"].dtype != torch.bool:
         if op_of(node) not in (*_CASTS, *_MOVES):
             return False
-        node = node.args[0]  # type: ignore[assignment]
+        node = node.args[0]
     return is_tensor(node)

@@ -29,7 +29,7 @@ class NotLifted(Exception):
 def embedding(lifter: Lifter, node: fx.Node, dims: Dims) -> Any:
     """Rows of a table, one entry a head (or one in all)."""
     weight, index = node.args[:2]
-    return _read(lifter, weight, [(index, dims[:-1]), dims[-1]], wraps=False)  # type: ignore[arg-type]
+    return _read(lifter, weight, [(index, dims[:-1]), dims[-1]], wraps=False)
 
 
 def indexed(lifter: Lifter, node: fx.Node, dims: Dims) -> Any:
@@ -51,7 +51,7 @@ def read_in_order(node: fx.Node) -> tuple[fx.Node, Dims, Dims] | None:
     read = [atom for atoms in own if atoms is not None for atom in atoms]
     if None in own or len(set(read)) < len(read):
         return None
-    return (base, own, dims) if set(read) == {atom for each in dims for atom in each} else None  # type: ignore[return-value]
+    return (base, own, dims) if set(read) == {atom for each in dims for atom in each} else None
 
 
 def _parts_of_index(node: fx.Node, dims: Dims) -> tuple[fx.Node, list[Any]]:
@@ -59,9 +59,9 @@ def _parts_of_index(node: fx.Node, dims: Dims) -> tuple[fx.Node, list[Any]]:
     base: Any = node.args[0]
     indices: list[Any]
     if node.target is aten.index.Tensor:
-        indices = list(node.args[1])  # type: ignore[arg-type]
+        indices = list(node.args[1])
     else:
-        at = node.args[1] % len(shape_of(base))  # type: ignore[operator]
+        at = node.args[1] % len(shape_of(base))
         indices = [None] * at + [node.args[2]]
     indices += [None] * (len(shape_of(base)) - len(indices))
     at = [i for i, each in enumerate(indices) if each is not None]
@@ -80,7 +80,7 @@ def sliced(lifter: Lifter, node: fx.Node, dims: Dims) -> Any:
     reads: list[Any] = [None] * len(dims)
     while base.target in (aten.slice.Tensor, aten.select.int):
         source: Any = base.args[0]
-        dim, at = base.args[1] % len(shape_of(source)), (*base.args, 0, 0)[2]  # type: ignore[operator]
+        dim, at = base.args[1] % len(shape_of(source)), (*base.args, 0, 0)[2]
         if base.target is aten.select.int:
             own.insert(dim, ())
             reads.insert(dim, at)
@@ -125,7 +125,7 @@ def _read(lifter: Lifter, base: fx.Node, parts: Sequence[Any], wraps: bool) -> A
     if len(set(read)) < len(read):
         raise NotLifted(f"the diagonal of %{base.name}")
     if None not in whole:
-        return lifter.lift(base, tuple(whole))  # type: ignore[arg-type]
+        return lifter.lift(base, tuple(whole))
     if any(not size.is_Integer for size in sizes):
         raise NotLifted(f"a table %{base.name} that grows with the tokens, read by a computed index")
     values = [None if own is not None else _index(lifter, part, int(size), wraps)
@@ -195,13 +195,13 @@ def _is_row_numbers(node: fx.Node, size: sympy.Expr) -> bool:
         if node.target is aten.arange.default:
             return shape_of(node) == (size,)
         if node.target in (aten.arange.start, aten.arange.start_step):
-            return node.args[0] == 0 and (*node.args, 1)[2] == 1 and shape_of(node) == (size,)
+            return node.args[0] == 0 and (*node.args, 1)[2:3] == (1,) and shape_of(node) == (size,)
         if node.target is aten.full.default and size == 1:
-            return node.args[1] == 0
+            return bool(node.args[1] == 0)
         is_copy = node.target is aten._to_copy.default and not node.meta["val"].dtype.is_floating_point
         if not is_copy and node.target not in _RESHAPES:
             return False
-        node = node.args[0]  # type: ignore[assignment]
+        node = node.args[0]
     return False
 
 

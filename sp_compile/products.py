@@ -52,8 +52,9 @@ def operands_of(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     args: Any = node.args
     if node.target is aten.einsum.default:
         parts = args[1]
-        return tuple(parts) if len(parts) == 2 and "." not in args[0] else None  # type: ignore[return-value]
-    return args[1:3] if node.target is aten.baddbmm.default else args[:2]
+        return (parts[0], parts[1]) if len(parts) == 2 and "." not in args[0] else None
+    first = 1 if node.target is aten.baddbmm.default else 0
+    return args[first], args[first + 1]
 
 
 def read_product(node: fx.Node) -> Product:
@@ -78,7 +79,7 @@ def read_product(node: fx.Node) -> Product:
     lost = (set(letters[0]) ^ set(letters[1])) - set(letters[2])
     if len(summed) != 1 or lost or summed[0] not in atoms:
         raise NearestMiss(f"%{node.name} does not sum over one dim of two values")
-    return Product(node, *sides, *dims, atoms[summed[0]])  # type: ignore[arg-type]
+    return Product(node, *sides, dims[0], dims[1], dims[2], atoms[summed[0]])
 
 
 def _letters(node: fx.Node, left: fx.Node, right: fx.Node) -> tuple[str, str, str]:

@@ -124,7 +124,7 @@ class Terms:
             return None
         args = made.arguments
         if made.function == "where":
-            return self._where(*args, blind)
+            return self._where(args, blind)
         if made.function == "add":
             parts = [self._biases(each, blind) for each in args]
             if any(each is not None for each in parts):
@@ -137,7 +137,8 @@ class Terms:
             return self._product(value, args, blind)
         return None
 
-    def _where(self, condition: Any, kept: Any, other: Any, blind: float) -> list[Any] | None:
+    def _where(self, arguments: tuple[Any, ...], blind: float) -> list[Any] | None:
+        condition, kept, other = arguments
         if _is_number(other, blind):
             self.hide(condition, other)
         elif _is_number(kept, blind):

@@ -64,7 +64,7 @@ def is_over_tokens(node: fx.Node, tokens: Any) -> bool:
 def _is_outer(node: fx.Node) -> bool:
     if node.target in (aten.baddbmm.default, aten.einsum.default):
         return False
-    return shape_of(node.args[0])[-1] == 1  # type: ignore[arg-type]
+    return bool(shape_of(node.args[0])[-1] == 1)
 
 
 class ScoreChain:
@@ -98,9 +98,9 @@ class ScoreChain:
         if self._shifts_rows(node):
             if self.needs_lse:
                 raise NearestMiss(f"%{node.name} shifts the scores, of which the log-sum-exp is used")
-            return args[0]  # type: ignore[no-any-return]
+            return args[0]
         if node.target in (*CASTS, *_VIEWS):
-            return args[0]  # type: ignore[no-any-return]
+            return args[0]
         if node.target in (aten.add.Tensor, aten.sub.Tensor) and is_tensor(args[1]) and not node.kwargs:
             return self._added(node)
         if node.target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar):
@@ -117,7 +117,7 @@ class ScoreChain:
             return False
         if constant(node.args[1]) is not None:
             return True
-        dims = held_dims(node.args[1], self._dims[node])  # type: ignore[arg-type]
+        dims = held_dims(node.args[1], self._dims[node])
         atoms = {atom for each in dims or () for atom in each}
         return node.target is aten.sub.Tensor and dims is not None and self.lifter.frame.keys not in atoms
 
@@ -130,7 +130,7 @@ class ScoreChain:
         if node.target is aten.sub.Tensor:
             value = self.lifter.call("neg", value)
         self.terms.add(value, node.meta["val"].dtype, self.scale)
-        return score  # type: ignore[return-value]
+        return score
 
     def _scaled(self, node: fx.Node) -> fx.Node | None:
         args: Any = node.args
@@ -140,7 +140,7 @@ class ScoreChain:
         if not isinstance(number, (int, float)) or number <= 0 or (is_div and not first) or node.kwargs:
             return None
         self.scale = self.scale / number if is_div else self.scale * number
-        return args[0] if first else args[1]  # type: ignore[no-any-return]
+        return args[0] if first else args[1]
 
     def _hidden(self, node: fx.Node) -> fx.Node | None:
         args: Any = node.args
@@ -153,7 +153,7 @@ class ScoreChain:
             return None
         mask = self._lift(condition, node)
         self.terms.hide(mask if holds else self.lifter.call("not", mask), constant(fill))
-        return kept  # type: ignore[no-any-return]
+        return kept
 
     def _is_blind(self, fill: Any, node: fx.Node) -> bool:
         number = constant(fill)

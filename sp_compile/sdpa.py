@@ -104,7 +104,8 @@ def _in_four_dims(insert: Inserter, node: fx.Node, dims: Dims, frame: Frame) -> 
 
 
 def _mask(lifter: Lifter, values: dict[str, Any], dims: Dims) -> None:
-    terms, mask = lifter.terms, values.get("attn_mask")
+    terms = lifter.terms
+    mask: Any = values.get("attn_mask")
     if values.get("is_causal"):
         terms.hide(lifter.call("le", lifter.rows(of_keys=True), lifter.rows(of_keys=False)))
     if not is_tensor(mask):

@@ -75,9 +75,9 @@ def _of_softmax(softmax: fx.Node) -> SoftmaxForm:
     if scores.target is aten.cat.default:
         parts, along = (*scores.args, 0)[:2]
         rank = len(shape_of(scores))
-        if len(parts) != 2 or along % rank != dim or shape_of(parts[1])[along] != 1:  # type: ignore[operator,index,arg-type]
+        if len(parts) != 2 or along % rank != dim or shape_of(parts[1])[along] != 1:
             raise NearestMiss(f"%{scores.name} concatenates scores with something that is not one sink column")
-        scores, sink = parts  # type: ignore[misc]
+        scores, sink = parts
         sinks.append(sink)
     form = SoftmaxForm(softmax, scores, sinks, empty_is_zero=softmax.target is aten._safe_softmax.default)
     form.weights = _weights(form, [softmax], bool(sinks))
@@ -117,7 +117,7 @@ def _drops_last(node: fx.Node) -> bool:
     _, dim, start, end = (*node.args, 0, None, None)[:4]
     rank = len(shape_of(node))
     same_end = isinstance(end, fx.Node) and str(end.meta["val"]) == str(node.meta["val"].shape[-1])
-    return dim % rank == rank - 1 and start in (0, None) and (end == -1 or same_end)  # type: ignore[operator]
+    return dim % rank == rank - 1 and start in (0, None) and (end == -1 or same_end)
 
 
 def _of_exponentials(root: fx.Node) -> SoftmaxForm:
@@ -148,9 +148,9 @@ def _masked(form: SoftmaxForm, root: fx.Node) -> list[fx.Node]:
     while len(path[-1].users) == 1:
         (user,) = path[-1].users
         if user.target is aten.masked_fill.Scalar and user.args[0] is path[-1] and user.args[2] == 0:
-            form.masks.append((user.args[1], False))  # type: ignore[arg-type]
+            form.masks.append((user.args[1], False))
         elif user.target in (aten.where.self, aten.where.ScalarOther) and constant(user.args[2]) == 0:
-            form.masks.append((user.args[0], True))  # type: ignore[arg-type]
+            form.masks.append((user.args[0], True))
         elif user.target is aten.mul.Tensor and (mask := _zero_one_factor(user, path[-1])) is not None:
             form.masks.append((mask, True))
         elif user.target not in CASTS:
@@ -161,14 +161,14 @@ def _masked(form: SoftmaxForm, root: fx.Node) -> list[fx.Node]:
 
 def _zero_one_factor(node: fx.Node, other: fx.Node) -> fx.Node | None:
     found = [each for each in node.args if each is not other]
-    return found[0] if len(found) == 1 and is_tensor(found[0]) and is_zero_one(found[0]) else None  # type: ignore[arg-type,return-value]
+    return found[0] if len(found) == 1 and is_tensor(found[0]) and is_zero_one(found[0]) else None
 
 
 def _is_row_sum(node: fx.Node) -> bool:
     if node.target is not aten.sum.dim_IntList:
         return False
     dims: Any = node.args[1]
-    rank = len(shape_of(node.args[0]))  # type: ignore[arg-type]
+    rank = len(shape_of(node.args[0]))
     return [each % rank for each in dims] == [rank - 1] and len(node.args) > 2 and bool(node.args[2])
 
 
@@ -183,7 +183,7 @@ def _total(form: SoftmaxForm, node: fx.Node, shift: fx.Node | None) -> fx.Node:
                 form.sinks.append(sink)
         elif user.target not in (*CASTS, aten.clamp_min.default, aten.clamp.default):
             break
-        elif user.target not in CASTS and not (_is_row_maximum(shift, form.scores) and user.args[1] <= 1):  # type: ignore[operator]
+        elif user.target not in CASTS and not (_is_row_maximum(shift, form.scores) and user.args[1] <= 1):
             raise NearestMiss(f"%{user.name} bounds the sum of exponentials from below")
         node = user
     return node
@@ -228,14 +228,14 @@ def without_row_shift(node: fx.Node, dim: int) -> tuple[fx.Node, fx.Node | None]
         return node, None
     source, shift = node.args
     from_right = len(shape_of(node)) - dim
-    sizes = shape_of(shift)  # type: ignore[arg-type]
+    sizes = shape_of(shift)
     is_shift = len(sizes) < from_right or sizes[len(sizes) - from_right] == 1
-    return (source, shift) if is_shift and shape_of(source) == shape_of(node) else (node, None)  # type: ignore[arg-type,return-value]
+    return (source, shift) if is_shift and shape_of(source) == shape_of(node) else (node, None)
 
 
 def _is_row_maximum(shift: fx.Node | None, scores: fx.Node) -> bool:
     while shift is not None and shift.op == "call_function" and shift.target in (getitem, *CASTS):
-        shift = shift.args[0]  # type: ignore[assignment]
+        shift = shift.args[0]
     return shift is not None and shift.target in (aten.amax.default, aten.max.dim) and shift.args[0] is scores
 
 
