@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import doctest
 import importlib
-from itertools import chain, pairwise
+from itertools import chain
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sp_compile.errors import BatchError, ConfigError
-from sp_compile.layout import MAX_TILES, MIN_TILE, SCHEMES, TILE, TokenLayout, token_layout
+from sp_compile.layout import SCHEMES, TokenLayout, token_layout
 
 LENGTHS = st.lists(st.integers(1, 300), min_size=1, max_size=20)
 RANKS = st.integers(1, 17)
@@ -115,90 +114,17 @@ def test_the_three_requests_of_the_docstring():
     assert drawn(layout) == ["a0 a1 a2 b0 b1 c0", "a3 a4 b2 . . ."]
     assert layout.restore_index.tolist() == [0, 1, 2, 6, 7, 3, 4, 8, 5]
     assert (layout.shard_length, layout.tokens_per_rank, layout.tokens) == (6, (6, 3), 9)
-    assert [each.tolist() for each in layout.segments] == [[0, 3, 5], [0, 2]]
 
 
 def test_the_zigzag_request_of_the_docstring():
     layout = token_layout([8], sp=2)
     assert drawn(layout) == ["a0 a1 a6 a7", "a2 a3 a4 a5"]
-    assert [each.tolist() for each in layout.segments] == [[0, 2], [0, 2]]
 
 
 def test_requests_shorter_than_the_ranks_leave_some_without_a_token():
     contiguous = token_layout([1, 2, 5], sp=4, scheme="contiguous")
     assert drawn(contiguous) == ["a0 b0 c0 c1", "b1 c2 . .", "c3 . . .", "c4 . . ."]
     assert drawn(token_layout([1, 2], sp=3)) == ["a0 b0", "b1 .", ". ."]
-
-
-@properties
-@given(LAYOUTS)
-def test_segments_are_where_blocks_start(layout: TokenLayout):
-    for rank in range(layout.sp):
-        ends = np.cumsum([len(each) for each in runs(layout, rank)], dtype=np.int64)
-        assert layout.segments[rank].tolist() == [0, *ends[:-1].tolist()][: len(ends)]
-
-
-@properties
-@given(LAYOUTS)
-def test_tiles_ascend_from_the_first_row_to_the_last_and_keep_padding_apart(layout: TokenLayout):
-    for rank, count in enumerate(layout.tokens_per_rank):
-        bounds = layout.tile_bounds(rank).tolist()
-        assert layout.tile_bounds(rank).dtype == torch.int64
-        assert (bounds[0], bounds[-1]) == (0, layout.shard_length)
-        assert all(start < end for start, end in pairwise(bounds))
-        assert count in bounds
-
-
-@properties
-@given(LAYOUTS)
-def test_tiles_start_with_segments_but_for_those_in_rows_where_a_tile_starts_already(layout: TokenLayout):
-    for rank, count in enumerate(layout.tokens_per_rank):
-        bounds = layout.tile_bounds(rank).tolist()
-        before = {}  # the first bound of each 64 rows
-        for bound in reversed(bounds):
-            before[bound // MIN_TILE] = bound
-        for start in layout.segments[rank].tolist():
-            assert before[start // MIN_TILE] <= start
-        real = [bound for bound in bounds if bound <= count]
-        assert all(end - start < TILE + MIN_TILE for start, end in pairwise(real))
-
-
-@properties
-@given(LAYOUTS)
-@example(token_layout([2], 1))
-@example(token_layout([1, 1, 1], 2, "contiguous"))
-def test_two_rows_make_at_least_two_tiles(layout: TokenLayout):
-    tiles = [len(layout.tile_bounds(rank)) - 1 for rank in range(layout.sp)]
-    assert min(tiles) >= min(2, layout.shard_length)
-
-
-def test_a_long_segment_is_cut_into_tiles_of_equal_width():
-    assert token_layout([1000], 1, "contiguous").tile_bounds(0).tolist() == [0, 256, 512, 768, 1000]
-    layout = token_layout([600, 90, 3, 500], 2, "contiguous")
-    assert layout.segments[0].tolist() == [0, 300, 345, 347]
-    # 347 lies in the 64 rows from 320 to 384, where 345 starts a tile already
-    assert layout.tile_bounds(0).tolist() == [0, 256, 345, 597]
-    assert layout.tile_bounds(1).tolist() == [0, 256, 345, 596, 597]
-
-
-def test_tiles_grow_where_a_rank_would_hold_too_many():
-    bounds = token_layout([2_500_000], 2, "contiguous").tile_bounds(0)
-    assert len(bounds) - 1 <= MAX_TILES
-    assert int(torch.diff(bounds).max()) == -(-1_250_000 // MAX_TILES)
-
-
-@properties
-@given(LAYOUTS)
-def test_gathered_tiles_are_the_tiles_of_the_ranks_one_after_another(layout: TokenLayout):
-    bounds = layout.gathered_tile_bounds()
-    assert bounds.dtype == torch.int64
-    expected = [
-        rank * layout.shard_length + bound
-        for rank in range(layout.sp)
-        for bound in layout.tile_bounds(rank).tolist()[: None if rank == layout.sp - 1 else -1]
-    ]
-    assert bounds.tolist() == expected
-    assert bounds[-1] == layout.valid.numel()
 
 
 def test_the_same_lengths_give_the_same_object():

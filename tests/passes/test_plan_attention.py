@@ -1,4 +1,4 @@
-"""One tile plan for each kind of mask, however many attentions share it."""
+"""A kernel for every attention, and one plan for each kind of mask, however many attentions share it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from sp_compile.errors import ConfigError
+from sp_compile.layout import token_layout
+from sp_compile.ops import AttentionArgs
+from sp_compile.passes.plan_attention import PlanAttention
 from sp_compile.placements import describe
 from sp_compile.program import placement
-from tests.passes.graphs import after, call, calls, embeds, qkv, repeated
+from tests.passes.graphs import after, call, calls, check_placements, embeds, outputs, qkv, repeated, run_whole
 
 
 def layers(windows: list[int | None], x: torch.Tensor) -> torch.Tensor:
@@ -37,23 +41,48 @@ def test_attentions_share_a_plan_for_each_kind_of_mask(windows: list[int | None]
     attentions = calls(program, "sp_compile.attention")
     assert len(attentions) == len(windows)
     assert len(calls(program, "sp_compile.tile_plan")) == plans
-    assert [each.args[7] for each in attentions] == [
-        attentions[windows.index(window)].args[7] for window in windows
-    ]  # fmt: skip
+    made = [AttentionArgs(*each.args).plan for each in attentions]
+    assert made == [made[windows.index(window)] for window in windows]
 
 
 @pytest.mark.parametrize("sp", [1, 2])
-def test_attention_reads_its_plan_with_the_bounds_and_validity_that_made_it(sp: int):
+def test_attention_reads_its_plan_with_the_operands_and_validity_that_made_it(sp: int):
     program = planned([None], sp=sp)
-    plan, attention = call(program, "sp_compile.tile_plan"), call(program, "sp_compile.attention")
-    operands, rule, valid, q_bounds, k_bounds = plan.args
-    assert attention.args[3:5] == (operands, rule)
-    assert attention.args[7:] == (plan, q_bounds, k_bounds, valid)
-    names = [each.meta["index_input"] if each is not None else None for each in (q_bounds, k_bounds, valid)]
-    assert names == ["q_bounds", "k_bounds", "gathered_valid" if sp == 2 else None]
+    plan = call(program, "sp_compile.tile_plan")
+    attention = AttentionArgs(*call(program, "sp_compile.attention").args)
+    operands, tables, rule, valid, q_rows, k_rows = plan.args
+    assert (attention.operands, attention.tables, attention.rule) == (operands, tables, rule)
+    assert (attention.kernel, attention.plan, attention.valid) == ("tiles", plan, valid)
+    names = [each.meta["index_input"] if each is not None else None for each in (q_rows, k_rows, valid)]
+    assert names == ["local_index", "gathered_index", "gathered_valid" if sp == 2 else None]
     assert describe(placement(plan)) == (f"RankLocal(by {plan.name})" if sp == 2 else "Replicate")
 
 
-def test_a_model_without_attention_needs_no_bounds():
+@pytest.mark.parametrize("kernel", ["dense", "dense_fp64"])
+def test_kernels_without_a_plan_get_none(kernel: str):
+    program = planned([None, 3], options={"plan_attention": {"kernel": kernel}})
+    assert calls(program, "sp_compile.tile_plan") == []
+    for each in calls(program, "sp_compile.attention"):
+        attention = AttentionArgs(*each.args)
+        assert (attention.kernel, attention.plan) == (kernel, None)
+
+
+def test_a_kernel_that_does_not_exist_is_refused():
+    with pytest.raises(ConfigError, match=r"^unknown kernel 'tile'; did you mean 'tiles'\?$"):
+        PlanAttention(kernel="tile")
+
+
+@pytest.mark.parametrize("sp", [1, 2, 3])
+@pytest.mark.parametrize("kernel", ["tiles", "dense"])
+def test_ranks_compute_from_their_plans_what_the_model_does(kernel: str, sp: int):
+    program = planned([None, 3, None], sp=sp, options={"plan_attention": {"kernel": kernel}})
+    inputs = embeds(32, [70, 130, 1, 9])
+    assert check_placements(program, inputs, token_layout([70, 130, 1, 9], sp)) > 0 or sp == 1
+    expected = layers([None, 3, None], inputs["inputs_embeds"])
+    (found,) = outputs(program, run_whole(program, inputs))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_without_attention_needs_no_plan():
     program = after("plan_attention", lambda self, inputs_embeds: 2 * inputs_embeds)
     assert [each for each in program.graph.nodes if "index_input" in each.meta] == []
