@@ -27,6 +27,6 @@ DEFAULT = (
     RestoreOutputs,
     MinimizeCommunication,
     LowerRedistributes,
-    LowerAttention,
     LocalizeShapes,
+    LowerAttention,
 )

@@ -1,6 +1,6 @@
 """Make every shape argument the rank's, and compute all shapes anew in the local view.
 
-Requires: ``lowered``, ``kernels_lowered``.
+Requires: ``lowered``.
 Establishes: ``local_shapes``.
 
 The whole graph is run once on fake tensors of local shapes: an op that does not fit its inputs is found here, not on a
@@ -27,8 +27,8 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
-from sp_compile.compat import hint_of_symbol
-from sp_compile.invariants import KERNELS_LOWERED, LOCAL, LOWERED
+from sp_compile.compat import hint_of_symbol, size_source
+from sp_compile.invariants import LOCAL, LOWERED
 from sp_compile.pipeline import Pass
 from sp_compile.placements import Shard
 from sp_compile.program import Program, placement
@@ -55,7 +55,7 @@ class LocalizeShapes(Pass):
     """Local shapes everywhere."""
 
     name = "localize_shapes"
-    requires = (LOWERED, KERNELS_LOWERED)
+    requires = (LOWERED,)
     establishes = (LOCAL,)
 
     def run(self, program: Program) -> None:
@@ -103,9 +103,7 @@ class _Shapes:
 
     def symbol(self, name: str, hint: int) -> Any:
         """A size that compiled code may not depend on."""
-        from torch._dynamo.source import ConstantSource
-
-        source, hint = ConstantSource(name), self.program.hints.get(name, hint)
+        source, hint = size_source(name), self.program.hints.get(name, hint)
         symbol = self.shape_env.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
         self.program.symbols[name] = made = self.shape_env.create_symintnode(symbol, hint=hint, source=source)
         return made

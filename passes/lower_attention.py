@@ -1,6 +1,6 @@
 """Put what Inductor compiles itself in place of attention nodes that FlexAttention computes.
 
-Requires: ``attention_planned``, ``lowered``.
+Requires: ``attention_planned``, ``local_shapes``.
 Establishes: ``kernels_lowered``.
 
 Per-token vectors are captured by the mask and score functions; the kernel skips blocks of keys by the block mask that
@@ -29,7 +29,7 @@ from torch import fx
 from torch.nn.attention.flex_attention import BlockMask
 
 from sp_compile import ops
-from sp_compile.invariants import KERNELS_LOWERED, LOWERED, PLANNED
+from sp_compile.invariants import KERNELS_LOWERED, LOCAL, PLANNED
 from sp_compile.kernels.flex import BLOCK, arguments_of, rule_graph
 from sp_compile.kernels.plan import joined_with_valid
 from sp_compile.pipeline import Pass
@@ -52,7 +52,7 @@ class LowerAttention(Pass):
     """FlexAttention nodes for the attention it computes."""
 
     name = "lower_attention"
-    requires = (PLANNED, LOWERED)
+    requires = (PLANNED, LOCAL)
     establishes = (KERNELS_LOWERED,)
 
     def run(self, program: Program) -> None:
@@ -94,20 +94,22 @@ class _Lowering:
     def _function(self, args: ops.AttentionArgs, output: str) -> tuple[fx.Node, tuple[fx.Node, ...]]:
         """The mask or score function of a node, and what it captures."""
         rule, operands = args.rule, list(args.operands)
+        dims = {i: _varying(each) for i, each in enumerate(operands)}
+        own = {i: _own_dims(each, dims[i]) for i, each in enumerate(operands)}
         if args.valid is not None:
             rule = joined_with_valid(rule, len(operands))
-            operands.append(self._once(aten.unsqueeze.default, args.valid, 0))
+            dims[len(operands)], own[len(operands)] = (3,), (0,)
+            operands.append(args.valid)
         names = arguments_of(rule, output)
-        chosen = [i for i in range(len(operands)) if f"x{i}" in names]
+        kept = {i: each for i, each in dims.items() if f"x{i}" in names}
         tables = [i for i in range(len(args.tables)) if f"table{i}" in names]
-        kept = {i: _varying(operands[i]) for i in chosen}
         per_head = {i: shape_of(args.tables[i])[0] != 1 for i in tables}
-        captured = [self._captured(operands[i], _own_dims(operands[i], kept[i])) for i in chosen]
+        captured = [self._captured(operands[i], own[i]) for i in kept]
         captured += [self._captured(args.tables[i], (0, 1) if per_head[i] else (1,)) for i in tables]
-        # the kernel checks indices against sizes, which it knows only as arguments
-        sizes = [
-            self._once(aten.sym_size.int, operands[i], dim) for i in chosen for dim in _own_dims(operands[i], kept[i])
-        ]
+        # the kernel's code checks indices against sizes, whose symbols it knows only as arguments
+        sizes = [self._once(aten.sym_size.int, self.program.index_input("local_index"), 0)]
+        length = self.program.length_input()
+        sizes += [length] if length is not None else []
         key = (rule, output, tuple(kept.items()), tuple(per_head.items()))
         if key not in self.made:
             name = f"flex_{output}_{len(self.made)}"
@@ -121,10 +123,14 @@ class _Lowering:
     def _blocks(self, args: ops.AttentionArgs, mask: fx.Node) -> tuple[Any, ...]:
         """The block mask as the op takes it, in the order that this torch has."""
         assert args.plan is not None
-        parts = [self._once(getitem, args.plan, i) for i in range(4)]
-        device = args.q.meta["val"].device
+        plan, device = self._once(aten.unsqueeze.default, args.plan, 1), args.q.meta["val"].device
         if device.type != "cpu":
-            parts = [self._once(aten.to.device, each, device, torch.int32) for each in parts]
+            plan = self._once(aten.to.device, plan, device, torch.int32)
+        parts = []
+        for i in range(2):  # partial and full blocks
+            listed = self._once(aten.select.int, plan, 3, i)
+            parts += [self._once(aten.select.int, listed, 3, 0), self._once(aten.slice.Tensor, listed, 3, 1)]
+        parts = [self._once(aten.clone.default, each) for each in parts]
         stand_ins = [torch.zeros([1] * dims, dtype=torch.int32) for dims in (3, 4, 3, 4)]
         example = BlockMask.from_kv_blocks(*stand_ins, BLOCK_SIZE=BLOCK, mask_mod=_everything, compute_q_blocks=False)
         found = {id(each): part for each, part in zip(stand_ins, parts, strict=True)}

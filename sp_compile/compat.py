@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, cast
@@ -19,6 +20,19 @@ def compile_graph(
 
     with tracing, torch.no_grad():
         return cast(Callable[..., Any], compile_fx(gm, list(inputs)))
+
+
+def size_source(name: str) -> Any:
+    """A source for the symbol of a size, such that the symbol's number is 90 or more.
+
+    Inductor's FlexAttention for CPUs renames sizes by text, and takes its own ``ks2`` for a part of our ``ks20``.
+    """
+    from torch._dynamo.source import ConstantSource
+
+    suffix = 0
+    while int(hashlib.sha256(f"{name}{suffix}".encode()).hexdigest(), 16) % 100 < 90:  # how torch numbers symbols
+        suffix += 1
+    return ConstantSource(f"{name}{suffix}")
 
 
 def hint_of_symbol(size: torch.SymInt, symbol: sympy.Symbol) -> int:

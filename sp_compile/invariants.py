@@ -107,7 +107,10 @@ def _by_the_rules(program: Program) -> None:
                 raise Violation(node, f"input %{each.name} as {describe(needed)}", describe(inputs[each]))
 
 
-_TAKES_GATHERED = (torch.ops.sp_compile.attention.default, torch.ops.sp_compile.tile_plan.default)
+_TAKES_GATHERED = tuple(
+    each.default
+    for each in (torch.ops.sp_compile.attention, torch.ops.sp_compile.tile_plan, torch.ops.sp_compile.block_mask)
+)
 
 
 def _through_dims(program: Program, node: fx.Node, inputs: dict[fx.Node, Any]) -> Any:

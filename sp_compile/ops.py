@@ -83,7 +83,7 @@ def block_mask(
     valid: torch.Tensor | None,
     q_rows: torch.Tensor,
     k_rows: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> torch.Tensor:
     """A block mask of FlexAttention; see :func:`sp_compile.kernels.flex.block_mask` and :func:`tile_plan`."""
     return flex.block_mask(operands, tables, rule, valid, q_rows.numel(), k_rows.numel())
 
@@ -96,12 +96,9 @@ def _(
     valid: torch.Tensor | None,
     q_rows: torch.Tensor,
     k_rows: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    rows = mask_rows(rule, operands) or 1
+) -> torch.Tensor:
     queries, keys = (flex.blocks(each.shape[0]) for each in (q_rows, k_rows))
-    return tuple(  # type: ignore[return-value]
-        torch.empty(size, dtype=torch.int32) for size in ((rows, 1, queries), (rows, 1, queries, keys)) * 2
-    )
+    return torch.empty(mask_rows(rule, operands) or 1, queries, 2, 1 + keys, dtype=torch.int32)
 
 
 @torch.library.custom_op("sp_compile::captured", mutates_args=())

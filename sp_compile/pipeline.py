@@ -19,7 +19,7 @@ from sp_compile.errors import (
     SPCompileError,
     nearest,
 )
-from sp_compile.invariants import LOCAL, LOWERED, Invariant, Violation
+from sp_compile.invariants import KERNELS_LOWERED, LOCAL, LOWERED, Invariant, Violation
 from sp_compile.program import Program, lines
 
 
@@ -111,7 +111,7 @@ def check_complete(schedule: Iterable[Pass]) -> None:
         PipelineError: names what is missing and the passes that establish it.
     """
     held = check_schedule(schedule)
-    for each in (LOWERED, LOCAL):
+    for each in (LOWERED, LOCAL, KERNELS_LOWERED):
         if each not in held:
             raise PipelineError(f"the pipeline ends without {each.name!r}; add {_makers(each)}")
 

@@ -15,7 +15,6 @@ from sp_compile.score_rule import FUNCTIONS, needed
 
 BLOCK = 128  # queries and keys of a block, torch's default
 OUTPUTS = {"mask": ("mask",), "score": ("score", "bias")}
-Blocks = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def block_mask(
@@ -25,21 +24,20 @@ def block_mask(
     valid: torch.Tensor | None,
     queries: int,
     keys: int,
-) -> Blocks:
+) -> torch.Tensor:
     """The blocks of keys that each block of queries sees in part, and those that it sees in whole.
 
     Memory is that of the blocks; the mask's elements are looked at only where the plan does.
 
     Returns:
-        As ``BlockMask.from_kv_blocks`` takes them, on the CPU, int32: numbers ``[rows, 1, query blocks]`` and indices
-        ``[rows, 1, query blocks, key blocks]`` of partial blocks, then of full ones. ``rows`` is 1 where all rows of
-        the batch share a mask.
+        On the CPU, int32 ``[rows, query blocks, 2, 1 + key blocks]``: for the partial blocks and for the full ones, how
+        many there are and which. ``rows`` is 1 where all rows of the batch share a mask.
     """
     rows = mask_rows(*with_valid(rule, operands, valid)) or 1
     kinds = np.zeros((rows, blocks(queries), blocks(keys)), dtype=np.int8)
     for region in plan_regions(operands, tables, rule, valid, queries, keys):
         _mark(kinds[max(region.row, 0)], region, queries, keys)
-    return (*_listed(kinds == 1), *_listed(kinds == 2))
+    return torch.from_numpy(np.stack([_listed(kinds == 1), _listed(kinds == 2)], axis=2))
 
 
 def blocks(length: int) -> int:
@@ -69,10 +67,9 @@ def _mark(kinds: np.ndarray, region: Region, queries: int, keys: int) -> None:
         part[filled] = 2
 
 
-def _listed(flags: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    order = np.argsort(~flags, axis=-1, kind="stable").astype(np.int32)
-    counts = flags.sum(axis=-1).astype(np.int32)
-    return torch.from_numpy(counts[:, None]), torch.from_numpy(order[:, None])
+def _listed(flags: np.ndarray) -> np.ndarray:
+    order = np.argsort(~flags, axis=-1, kind="stable")
+    return np.concatenate([flags.sum(axis=-1, keepdims=True), order], axis=-1).astype(np.int32)
 
 
 def arguments_of(rule: str, output: str) -> set[str]:

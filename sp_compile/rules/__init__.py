@@ -81,7 +81,7 @@ RULES: dict[str, Rule] = _table(
         routing.grouped_mm: "aten::_grouped_mm transformers::grouped_mm_fallback",
         # attention
         attention.attention: "sp_compile::attention",
-        attention.tile_plan: "sp_compile::tile_plan",
+        attention.plan: "sp_compile::tile_plan sp_compile::block_mask",
         attention.sdpa: "aten::scaled_dot_product_attention",
     }
 )
@@ -91,7 +91,7 @@ _OF_RANK_ROWS = frozenset(
     | {routing.sort}
 )
 _OF_RANK_LOCAL = frozenset(
-    {pointwise.keeps_rows, routing.of_group_sizes, routing.grouped_mm, attention.attention, attention.tile_plan}
+    {pointwise.keeps_rows, routing.of_group_sizes, routing.grouped_mm, attention.attention, attention.plan}
 )
 
 

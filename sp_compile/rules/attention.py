@@ -28,8 +28,8 @@ def attention(call: Call) -> Outcome:
     return Outcome((Shard(2), Shard(2)), needs)
 
 
-def tile_plan(call: Call) -> Outcome:
-    """Each rank plans the tiles of its own queries."""
+def plan(call: Call) -> Outcome:
+    """Each rank plans for its own queries."""
     return Outcome(RankLocal(call.node.name))
 
 
