@@ -3,9 +3,9 @@
 Requires: ``canonical``.
 Establishes: ``attention_raised``.
 
-Takes ``scaled_dot_product_attention`` and every product - softmax - product, FlexAttention among them, which capture has
-written out. Masks and biases are lifted to per-token vectors and tables, repeated keys and values are un-repeated. What
-does not fit is left as it is and the reason recorded.
+Takes ``scaled_dot_product_attention`` and every product - softmax - product, FlexAttention among them, which capture
+has written out. Masks and biases are lifted to per-token vectors and tables, repeated keys and values are un-repeated.
+What does not fit is left as it is and the reason recorded.
 
 Before::
 

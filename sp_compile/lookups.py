@@ -199,7 +199,8 @@ def _is_row_numbers(node: fx.Node, size: sympy.Expr) -> bool:
         if node.target is aten.full.default and size == 1:
             return bool(node.args[1] == 0)
         is_copy = node.target is aten._to_copy.default and not node.meta["val"].dtype.is_floating_point
-        if not is_copy and node.target not in _RESHAPES:
+        is_same = node.target is aten.add.Tensor and node.args[1] == 0
+        if not is_copy and not is_same and node.target not in _RESHAPES:
             return False
         node = node.args[0]
     return False

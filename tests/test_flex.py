@@ -12,8 +12,9 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_bloc
 from torch.utils._pytree import tree_leaves
 
 from sp_compile.errors import CaptureError
+from sp_compile.layout import token_layout
 from sp_compile.ops import AttentionArgs
-from tests.passes.graphs import after, call, embeds, ops_of, outputs, packed, qkv, run_whole
+from tests.passes.graphs import LENGTHS, Ranks, after, call, embeds, ops_of, outputs, packed, qkv, run_whole
 from tests.passes.test_raise_attention import wide_nodes
 
 Make = Callable[["Flex", torch.Tensor], Callable[..., torch.Tensor]]
@@ -103,6 +104,16 @@ def test_flex_attention_is_raised_and_computes_the_same(model: Flex, rule: str, 
     expected = [each for each in tree_leaves(model(**inputs)) if each is not None]
     found = tree_leaves(outputs(program, run_whole(program, inputs)))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["documents", "prefix of each sequence", "relative positions", "softcap"])
+def test_flex_attention_computes_the_same_on_ranks(name: str):
+    model = CASES[name][0]
+    program = after("localize_shapes", model, packed(32))
+    for lengths in (LENGTHS, (1, 2), (30, 15)):
+        inputs = packed(32, lengths)
+        for (found,) in Ranks(program, inputs, token_layout(lengths, 2, min_shard_length=2)).outputs():
+            torch.testing.assert_close(found, model(**inputs), atol=1e-5, rtol=1e-5)
 
 
 def test_rows_that_see_nothing_are_zero_and_their_log_sum_exp_is_minus_infinity():

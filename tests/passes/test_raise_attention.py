@@ -190,6 +190,11 @@ def plus_one_beside_maximum(scores: torch.Tensor, v: torch.Tensor) -> torch.Tens
     return weights / (total + 1) @ v
 
 
+def little_beside_mean(scores: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    weights = torch.exp(scores - scores.mean(-1, keepdim=True))
+    return weights / (weights.sum(-1, keepdim=True) + 1e-9) @ v
+
+
 TABLE = torch.randn(4, 64, generator=torch.Generator().manual_seed(1))
 TRIANGLE = torch.ones(1, 1, 256, 256).tril()
 WEIGHTS = {"TABLE": TABLE, "TRIANGLE": TRIANGLE}
@@ -343,6 +348,7 @@ FORMS = {
     "prefix": mask_form(lambda q, k: (k <= q) | (k < 3), "t0 = le(x0, x1); mask = or(t0, x2)"),
     "strided": mask_form(lambda q, k: (q - k) % 3 == 0, "t0 = sub(x0, x1); t1 = remainder(t0, 3); mask = eq(t1, 0)"),
     "transposed": mask_form(lambda q, k: (q <= k).T, CAUSAL),
+    "transposed as scores are": mask_form(lambda q, k: (q <= k)[None, None].transpose(-1, -2), CAUSAL),
     "permuted": mask_form(lambda q, k: (q <= k)[None, None].permute(0, 1, 3, 2), CAUSAL),
     "expanded and reshaped": mask_form(
         lambda q, k: (k <= q)[None].expand(4, -1, -1).reshape(1, 4, *(k <= q).shape), CAUSAL
@@ -435,6 +441,10 @@ MISSES = {
     "no product with the values": (sums_weights, r"the weights go into %sum_1, not into a product with the values"),
     "over queries": (over_queries, r"%matmul_1 is not a product over the keys"),
     "a change that is not pointwise": (lambda x: eager(x, lambda s: s.cumsum(-1)), r"%cumsum between the product and"),
+    "a little beside what is no maximum": (
+        lambda x: by_hand(x, little_beside_mean),
+        "1e-09 is added to the sum of exponentials less %mean",
+    ),
     "one beside a maximum": (
         lambda x: by_hand(x, plus_one_beside_maximum),
         "1 is added to the sum of exponentials less",
@@ -620,6 +630,21 @@ def test_masks_of_inputs_are_lifted(mask: Any, inputs: Any, rule: str):
     expected = model(**inputs())
     sees = inputs().get("attention_mask", torch.ones(1, 1))[:, None, :, None] > 0
     torch.testing.assert_close(found.where(sees, 0), expected.where(sees, 0), atol=1e-5, rtol=1e-5)
+
+
+def test_a_vector_that_is_indexed_by_all_rows_in_order_is_itself():
+    mask, inputs, _ = MASKS["padded"]
+    assert calls(after("normalize", Masked(mask), inputs()), "aten.index")
+    program = after("raise_attention", Masked(mask), inputs())
+    assert calls(program, "aten.index") == []
+    (padding,) = [
+        each
+        for each in AttentionArgs(*call(program, "sp_compile.attention").args).operands
+        if each.meta["val"].shape[0] == 2
+    ]
+    torch.testing.assert_close(
+        run_whole(program, inputs())[padding], inputs()["attention_mask"][:, None, None, :].bool()
+    )
 
 
 def test_a_matrix_that_the_caller_passes_stays_one_operand():
