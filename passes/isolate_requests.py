@@ -118,7 +118,8 @@ class _Counts:
         return exact and shape_of(node)[node.args[1]] == self.program.tokens
 
     def _cuts_table(self, node: fx.Node) -> bool:
-        source, dim, start, _, step = (*node.args, *(None, 0, 0, 0, 1)[len(node.args) :])
+        args: Any = (*node.args, *(None, 0, 0, 0, 1)[len(node.args) :])
+        source, dim, start, _, step = args
         return shape_of(source)[dim] != self.program.tokens == shape_of(node)[dim] and start == 0 and step == 1
 
     def _summed(self, node: fx.Node) -> fx.Node:

@@ -13,8 +13,8 @@ class PackedBatch(Mapping[str, torch.Tensor]):
     """Requests packed into one row; ``model(**batch)`` runs them, :meth:`split` takes a result apart.
 
     Holds ``input_ids`` ``[1, T]`` int64 and ``position_ids`` ``[1, T]`` int64, which restart at 0 with every request,
-    the form in which transformers recognises a packed batch. ``lengths`` are the tokens of each request; the tensors carry
-    them, so one alone will do: ``model(batch["input_ids"])``.
+    the form in which transformers recognises a packed batch. ``lengths`` are the tokens of each request; the tensors
+    carry them, so one alone will do: ``model(batch["input_ids"])``.
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], lengths: Sequence[int]) -> None:

@@ -48,6 +48,9 @@ DYNAMO: dict[str, Any] = {
 }
 
 
+ISOLATE = "isolate_requests"
+
+
 class _Explained(Exception):
     """Ends a forward that only was to be captured."""
 
@@ -200,7 +203,7 @@ class ParallelModule(nn.Module):
     @property
     def _isolates(self) -> str:
         """Which batches the pass ``isolate_requests`` of the pipeline is for."""
-        return next((getattr(each, "batches") for each in self.pipeline if each.name == "isolate_requests"), "none")
+        return next((str(getattr(each, "batches", "")) for each in self.pipeline if each.name == ISOLATE), "none")
 
     def _apart(self, args: Sequence[Any], kwargs: Mapping[str, Any], step: Step) -> Any:
         """Run a forward; where the model would mix requests, with the requests isolated."""
@@ -220,8 +223,9 @@ class ParallelModule(nn.Module):
     def _run_step(self, args: Sequence[Any], kwargs: Mapping[str, Any], step: Step) -> Any:
         self._step = step
         if self._explained is not None:
-            device = next(iter([*self.module.parameters(), *self.module.buffers(), torch.empty(0)])).device
-            kwargs = {name: each.to(device) if isinstance(each, torch.Tensor) else each for name, each in kwargs.items()}
+            tensors = {name: each for name, each in kwargs.items() if isinstance(each, torch.Tensor)}
+            device = self._device(tensors)
+            kwargs = {**kwargs, **{name: each.to(device) for name, each in tensors.items()}}
         try:
             return self._call(args, kwargs, step.layout)
         finally:

@@ -17,11 +17,15 @@ LENGTHS = (23, 1, 43)
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one model did with one kind of batch: the error over the scale of the logits, or what was raised."""
+    """How one model did with one kind of batch: the error over the scale of the logits, or what was raised.
+
+    Where its requests were isolated, they are compared with each alone only, since unsharded it would mix them.
+    """
 
     error: float | None
     raised: str
     fallbacks: tuple[tuple[str, str, str], ...]
+    isolated: bool = False
 
 
 def batch(kind: str) -> dict[str, Any]:
@@ -58,7 +62,7 @@ def compare(name: str, kind: str, dtype: torch.dtype = torch.float32, codegen: s
     held = inputs.get("attention_mask", torch.ones(found.shape[:2])).bool()
     error = max(_error(found[held], each[held]) for each in expected)
     fallbacks = tuple((each.op, each.source, each.reason) for each in parallel.report().fallbacks)
-    return Outcome(error, "", fallbacks)
+    return Outcome(error, "", fallbacks, parallel.isolated)
 
 
 def takes(model: nn.Module, argument: str) -> bool:
