@@ -445,6 +445,10 @@ MISSES = {
         lambda x: by_hand(x, little_beside_mean),
         "1e-09 is added to the sum of exponentials less %mean",
     ),
+    "scores times their transpose": (
+        lambda x: eager(x, lambda s: torch.tanh(s * s.transpose(-1, -2))),
+        "between the product and the softmax: %matmul is used with other rows and columns",
+    ),
     "one beside a maximum": (
         lambda x: by_hand(x, plus_one_beside_maximum),
         "1 is added to the sum of exponentials less",
