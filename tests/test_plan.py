@@ -169,6 +169,12 @@ def measured(rule: str, operands: Operands, valid: torch.Tensor | None = None) -
     return regions, seconds, most
 
 
+def computed(regions: Sequence[Region]) -> int:
+    """At most how many elements are computed."""
+    boxes = [(each.q_end - each.q_start, each.k_end - each.k_start, each.high - each.low + 1) for each in regions]
+    return sum(rows * min(keys, width) for rows, keys, width in boxes)
+
+
 def ranked(lengths: Sequence[int], sp: int, rank: int, scheme: str) -> tuple[Operands, torch.Tensor]:
     """Operands of :data:`DOCUMENTS` for the queries of one rank and all keys as gathered."""
     layout = token_layout(lengths, sp, scheme)
@@ -215,7 +221,7 @@ def test_plans_of_a_rank_are_as_small(scheme: str, rank: int):
     lengths = [137 * each for each in range(1, 50)] * 4
     found, seconds, most = measured(DOCUMENTS, *ranked(lengths, 4, rank, scheme))
     assert len(found) <= 8 * len(lengths)
-    assert not any(each.masked for each in found if each.q_end - each.q_start > 128)
+    assert computed([each for each in found if each.masked]) <= 200 * sum(lengths) / 4
     assert seconds < 5
     assert most < 100 * sum(lengths)
 
@@ -254,10 +260,17 @@ def test_large_positions_are_compared_exactly():
     for start in (2**24, 2**40):
         rows, columns = (each + start for each in positions(200))
         check(CAUSAL, [rows, columns + 1], None, (200, 200))
-        assert check(CAUSAL, [rows[:1].expand(200, 1), columns[:, :1].expand(1, 200) + 1], None, (200, 200)) == []
+        check(CAUSAL, [rows[:1].expand(200, 1), columns[:, :1].expand(1, 200) + 1], None, (200, 200))
 
 
-@pytest.mark.xfail(strict=True, reason="Vector.cuts cuts a vector that counts by more than 1 after its first row")
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.int64), (torch.int64, torch.float32), (torch.bfloat16,) * 2])
+@pytest.mark.parametrize("start", [2**24, 2**8])
+def test_numbers_are_compared_as_torch_rounds_them(start: int, dtypes: tuple[torch.dtype, torch.dtype]):
+    rows, columns = (each + start for each in positions(200))
+    for q, k in ((rows, columns), (rows[:1].expand(200, 1), columns[:, :1].expand(1, 200) + 1)):
+        check(CAUSAL, [q.to(dtypes[0]), k.to(dtypes[1])], None, (200, 200))
+
+
 @pytest.mark.parametrize("as_float", [False, True])
 def test_a_stored_triangle_that_is_looked_up_is_one_region(as_float: bool):
     table = torch.ones(300, 300, dtype=torch.bool).tril().reshape(1, -1)
@@ -270,9 +283,10 @@ def test_a_stored_triangle_that_is_looked_up_is_one_region(as_float: bool):
 @pytest.mark.parametrize("shape", [(300, 300), (1, 300, 300), (1, 1, 300, 300)])
 def test_a_matrix_that_is_a_band_is_known_as_one(shape: tuple[int, ...]):
     matrix = torch.ones(shape, dtype=torch.bool).tril(-3).triu(-40)
-    first, band = check("mask = copy(x0)", [matrix], None, (300, 300))
-    assert (first.masked, first.q_end) == (True, 41)  # rows that see nothing, and rows that see more and more
-    assert (band.masked, band.q_start, band.high - band.low) == (False, 41, 37)
+    found = check("mask = copy(x0)", [matrix], None, (300, 300))
+    (band,) = [each for each in found if not each.masked and each.high - each.low == 37]
+    assert band.q_end - band.q_start >= 300 - 64
+    assert len(found) <= 3
     check("mask = copy(x0)", [matrix.index_fill(-1, torch.tensor([50, 170]), False)], None, (300, 300))
 
 
@@ -330,15 +344,11 @@ def test_names_may_be_assigned_again():
     check(rule, positions(300), None, (300, 300))
 
 
-SHORT = pytest.mark.xfail(strict=True, reason="Vector.cuts gives up, and all requests become one piece")
-
-
-@pytest.mark.parametrize("length", [1, *(pytest.param(each, marks=SHORT) for each in (2, 3, 7)), 8, 30])
+@pytest.mark.parametrize("length", [1, 2, 3, 7, 8, 30])
 def test_many_short_requests_do_not_make_the_whole_square(length: int):
     tokens = length * 600
     found = plan_regions(documents([length] * 600), (), DOCUMENTS, None, tokens, tokens)
-    boxes = [(each.q_end - each.q_start, each.k_end - each.k_start, each.high - each.low + 1) for each in found]
-    assert sum(rows * min(keys, width) for rows, keys, width in boxes) <= 200 * tokens
+    assert computed(found) <= 200 * tokens
 
 
 def test_a_plan_is_a_tensor_of_regions():
