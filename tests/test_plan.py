@@ -336,7 +336,6 @@ def test_windows_that_differ_by_head_are_masked():
 # rules
 
 
-@pytest.mark.xfail(strict=True, reason="_Planner._split keeps the value of a name that is assigned again")
 def test_names_may_be_assigned_again():
     rule = "t0 = add(x0, 0); t1 = le(x1, t0); t0 = sub(x0, x1); t2 = le(t0, 5); mask = and(t1, t2)"
     check(rule, positions(300), None, (300, 300))
