@@ -19,7 +19,7 @@ After::
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import getitem
 from typing import Any
@@ -77,7 +77,7 @@ class _Lowering:
         """Replace one attention node; new nodes go in front of it."""
         args = ops.AttentionArgs(*node.args)
         score, mask = (self._function(args, output) for output in ("score", "mask"))
-        options = {**OPTIONS, "OUTPUT_LOGSUMEXP": args.empty_mean or _part(node, 1) is not None}
+        options = {**OPTIONS, "OUTPUT_LOGSUMEXP": _part(node, 1) is not None}
         flex = self.graph.call_function(
             torch.ops.higher_order.flex_attention,
             (args.q, args.k, args.v, score[0], self._blocks(args, mask[0]), args.scale, options, score[1], mask[1]),
@@ -85,7 +85,8 @@ class _Lowering:
         out, lse = (self.graph.call_function(getitem, (flex, i)) for i in range(2))
         lse = self.graph.call_function(aten.mul.Tensor, (lse, math.log(2)))  # of base 2
         if args.empty_mean:
-            out = self.graph.call_function(torch.ops.sp_compile.fill_empty.default, (out, lse, args.v, args.valid))
+            masked = args.operands, args.tables, args.rule, args.valid
+            out = self.graph.call_function(torch.ops.sp_compile.fill_empty.default, (out, args.v, *masked))
         for i, value in enumerate((out, lse)):
             part = _part(node, i)
             if part is not None:
@@ -106,16 +107,29 @@ class _Lowering:
         per_head = {i: shape_of(args.tables[i])[0] != 1 for i in tables}
         captured = [self._captured(operands[i], own[i]) for i in kept]
         captured += [self._captured(args.tables[i], (0, 1) if per_head[i] else (1,)) for i in tables]
-        # the kernel's code checks indices against sizes, whose symbols it knows only as arguments
-        sizes = [self._once(aten.sym_size.int, self.program.index_input("local_index"), 0)]
-        length = self.program.length_input()
-        sizes += [length] if length is not None else []
+        sizes = self._sizes(operands[i] for i in kept)
         key = (rule, output, tuple(kept.items()), tuple(per_head.items()))
         if key not in self.made:
             name = f"flex_{output}_{len(self.made)}"
             self.program.gm.add_submodule(name, rule_graph(self.program.gm, rule, output, kept, per_head, len(sizes)))
             self.made[key] = self.graph.get_attr(name)
         return self.made[key], (*captured, *sizes)
+
+    def _sizes(self, operands: Iterable[fx.Node]) -> list[fx.Node]:
+        """Nodes of the symbols in the operands' sizes: the kernel's code checks indices against sizes, and knows only
+        symbols that are arguments.
+        """
+        symbols = {symbol for each in operands for size in each.meta["val"].shape for symbol in _symbols(size)}
+        found = []
+        for node in self.graph.find_nodes(op="placeholder"):
+            value = node.meta["val"]
+            for dim, size in enumerate(value.shape if isinstance(value, torch.Tensor) else [value]):
+                if isinstance(size, torch.SymInt) and size.node.expr in symbols:
+                    symbols.remove(size.node.expr)
+                    is_size = isinstance(value, torch.SymInt)
+                    found.append(node if is_size else self._once(aten.sym_size.int, node, dim))
+        assert not symbols, f"sizes come from inputs, not {symbols}"
+        return found
 
     def _captured(self, tensor: fx.Node, dims: tuple[int, ...]) -> fx.Node:
         return self._once(torch.ops.sp_compile.captured.default, tensor, list(dims))
@@ -148,6 +162,10 @@ def _part(node: fx.Node, i: int) -> fx.Node | None:
     """The output or the log-sum-exp of an attention, where it is used."""
     parts = [user for user in node.users if user.args[1] == i]
     return parts[0] if parts and parts[0].users else None
+
+
+def _symbols(size: Any) -> Iterable[Any]:
+    return size.node.expr.free_symbols if isinstance(size, torch.SymInt) else ()
 
 
 def _varying(operand: fx.Node) -> tuple[int, ...]:

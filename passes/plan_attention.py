@@ -30,6 +30,8 @@ from sp_compile.kernels.choice import KERNELS, Need, choose
 from sp_compile.pipeline import Pass
 from sp_compile.placements import REPLICATE, RankLocal
 from sp_compile.program import Program, source_line
+from sp_compile.score_rule import assigns
+from sp_compile.symbols import shape_of
 
 PLANS = {"tiles": torch.ops.sp_compile.tile_plan.default, "flex": torch.ops.sp_compile.block_mask.default}
 
@@ -68,7 +70,7 @@ class PlanAttention(Pass):
 
     def _choose(self, program: Program, node: fx.Node) -> str:
         try:
-            kernel, passed_over = choose(self.kernel, _need(node))
+            kernel, passed_over = choose(self.kernel, _need(program, node))
         except KernelError as error:
             raise KernelError(f"attention at {source_line(node) or 'no source line'}: {error}") from None
         if passed_over is not None:
@@ -76,11 +78,26 @@ class PlanAttention(Pass):
         return kernel
 
 
-def _need(node: fx.Node) -> Need:
+def _need(program: Program, node: fx.Node) -> Need:
     args = ops.AttentionArgs(*node.args)
     q, v = (each.meta["val"] for each in (args.q, args.v))
     uses_lse = any(user.args[1] == 1 and user.users for user in node.users)
-    return Need(q.device.type, q.dtype, int(q.shape[-1]), int(v.shape[-1]), uses_lse, args.empty_mean)
+    return Need(
+        device=q.device.type,
+        dtype=q.dtype,
+        head_dim=int(q.shape[-1]),
+        value_dim=int(v.shape[-1]),
+        lse=uses_lse,
+        empty_mean=args.empty_mean,
+        mask_per_head=any(map(_per_head, args.operands)) or any(shape_of(each)[0] != 1 for each in args.tables),
+        changes_scores=assigns(args.rule, "score") or assigns(args.rule, "bias"),
+        compiled=program.compiled,
+    )
+
+
+def _per_head(operand: fx.Node) -> bool:
+    sizes = shape_of(operand)
+    return len(sizes) >= 3 and sizes[-3] != 1
 
 
 def _plan(program: Program, node: fx.Node, args: ops.AttentionArgs) -> fx.Node:

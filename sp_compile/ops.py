@@ -14,7 +14,7 @@ from torch import fx
 
 from sp_compile import kernels
 from sp_compile.kernels import flex
-from sp_compile.kernels.plan import as_tensor, mask_rows, plan_regions
+from sp_compile.kernels.plan import as_tensor, mask_rows, plan_regions, seen_rows
 
 
 def redistribute(value: torch.Tensor) -> torch.Tensor:
@@ -113,13 +113,21 @@ def _(value: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:
 
 
 @torch.library.custom_op("sp_compile::fill_empty", mutates_args=())
-def fill_empty(out: torch.Tensor, lse: torch.Tensor, v: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
-    """Queries that see no key get the mean of the values; see :func:`attention`."""
-    return kernels.with_means(out, lse, v, valid).to(out.dtype)
+def fill_empty(
+    out: torch.Tensor,
+    v: torch.Tensor,
+    operands: Sequence[torch.Tensor],
+    tables: Sequence[torch.Tensor],
+    rule: str,
+    valid: torch.Tensor | None,
+) -> torch.Tensor:
+    """Queries that see no key by a rule whose mask is that of all heads get the mean of the values."""
+    seen = seen_rows(operands, tables, rule, valid, out.shape[2], v.shape[2])
+    return kernels.with_means(out, ~seen[:, None].to(out.device), v, valid).contiguous()
 
 
 @fill_empty.register_fake
-def _(out: torch.Tensor, lse: torch.Tensor, v: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+def _(out: torch.Tensor, *args: Any) -> torch.Tensor:
     return torch.empty_like(out, memory_format=torch.contiguous_format)
 
 
@@ -156,7 +164,7 @@ def attention(
     """
     out, lse = kernels.attend(kernel, q, k, v, operands, tables, rule, scale, plan, valid)
     if empty_mean:
-        out = kernels.with_means(out, lse, v, valid)
+        out = kernels.with_means(out, lse == -torch.inf, v, valid)
     return out.to(q.dtype).contiguous(), lse
 
 

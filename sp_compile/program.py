@@ -46,6 +46,7 @@ class Program:
         outputs: ``full`` or ``sharded``.
         isolated: made for packed batches that the model itself would mix.
         isolation: what was done to keep their requests apart.
+        compiled: whether code is generated for the graph, or it runs as it is.
         fallbacks: what was computed on gathered inputs.
         local_inputs: fake inputs of the local graph, once shapes are local.
         symbols: sizes of the local graph by name: ``tokens``, ``shard_length``.
@@ -60,6 +61,7 @@ class Program:
     outputs: str = "full"
     isolated: bool = False
     isolation: str = ""
+    compiled: bool = True
     fallbacks: list[Fallback] = field(default_factory=list)
     local_inputs: list[Any] | None = None
     symbols: dict[str, torch.SymInt] = field(default_factory=dict)

@@ -166,6 +166,7 @@ class ParallelModule(nn.Module):
         """Capture Dynamo's graph into a program and run the pipeline on it."""
         program = capture(gm, self.group.size, self.group.name, self.compile_config.outputs)
         program.isolated, program.hints = isolated, hints or {}
+        program.compiled = self.compile_config.codegen == "inductor"
         steps = run_pipeline(program, self.pipeline, self.compile_config.verify_passes, trace)
         return program, steps
 

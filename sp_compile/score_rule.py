@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ast
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -138,14 +139,22 @@ def evaluate(
 
 @lru_cache(maxsize=256)
 def needed(rule: str, outputs: tuple[str, ...]) -> tuple[Assignment, ...]:
-    """The assignments of a rule that its outputs rest on, in order."""
+    """The assignments of a rule that its outputs rest on, in order, each to a name of its own."""
     wanted, kept = set(outputs), []
     for each in reversed(parse(rule)):
         if each.name in wanted:
             kept.append(each)
             wanted.discard(each.name)
             wanted.update(item for item in each.arguments if isinstance(item, str))
-    return tuple(reversed(kept))
+    left = Counter(each.name for each in kept)
+    current: dict[Any, str] = {}
+    found = []
+    for each in reversed(kept):
+        left[each.name] -= 1
+        name = f"{each.name}.{left[each.name]}" if left[each.name] else each.name
+        found.append(Assignment(name, each.function, tuple(current.get(item, item) for item in each.arguments)))
+        current[each.name] = name
+    return tuple(found)
 
 
 def call(function: str, inputs: Sequence[Any], device: torch.device) -> torch.Tensor:

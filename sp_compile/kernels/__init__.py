@@ -36,9 +36,14 @@ def attend(
     return tiles.attend(q, k, v, operands, tables, rule, scale, regions, valid)
 
 
-def with_means(out: torch.Tensor, lse: torch.Tensor, v_BGKE: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
-    """Rows that see nothing get the mean of the values: a softmax over equal scores."""
+def with_means(
+    out: torch.Tensor, blind: torch.Tensor, v_BGKE: torch.Tensor, valid: torch.Tensor | None
+) -> torch.Tensor:
+    """Rows that see nothing get the mean of the values: a softmax over equal scores.
+
+    ``blind`` is bool and broadcasts to ``[B, H, Q]``.
+    """
     held = v_BGKE if valid is None else v_BGKE[:, :, valid]
     mean = held.to(out.dtype).mean(dim=2, keepdim=True)
     mean = mean.repeat_interleave(out.shape[1] // mean.shape[1], dim=1)
-    return torch.where((lse == -torch.inf).unsqueeze(-1), mean, out)
+    return torch.where(blind.unsqueeze(-1), mean, out)

@@ -22,14 +22,25 @@ FLEX_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Need:
-    """What a kernel must serve in one attention node."""
+    """What a kernel must serve in one attention node.
+
+    Attributes:
+        lse: the log-sum-exp is used.
+        empty_mean: a query that sees no key gets the mean of the values.
+        mask_per_head: heads have masks of their own.
+        changes_scores: the rule changes scores or adds a bias.
+        compiled: code is generated for the graph.
+    """
 
     device: str
     dtype: torch.dtype
     head_dim: int
     value_dim: int
     lse: bool
-    empty_mean: bool
+    empty_mean: bool = False
+    mask_per_head: bool = False
+    changes_scores: bool = False
+    compiled: bool = True
 
 
 def _serves_all(need: Need) -> str | None:
@@ -42,6 +53,8 @@ def _flex(need: Need) -> str | None:
         return f"it does not run on {need.device}"
     if need.dtype not in FLEX_DTYPES:
         return f"it does not take {need.dtype}"
+    if need.empty_mean and need.mask_per_head:
+        return "it does not tell for each head which queries see no key, which get the mean of the values in this model"
     if need.device == "cuda":
         small = min(need.head_dim, need.value_dim)
         return f"it takes head dims of at least 16 on a GPU, not {small}" if small < 16 else None
@@ -49,11 +62,6 @@ def _flex(need: Need) -> str | None:
         return "it needs a CPU with AVX2"
     if need.lse:
         return "it returns no log-sum-exp on a CPU, which the model uses"
-    if need.empty_mean:
-        return (
-            "in this model a query whose keys are all masked gets the mean of the values, which takes the log-sum-exp "
-            "to tell, and on a CPU it returns none"
-        )
     return None
 
 
@@ -63,11 +71,17 @@ KERNELS: Mapping[str, Callable[[Need], str | None]] = {
     "dense": _serves_all,
     "dense_fp64": _serves_all,
 }
-PREFERRED = {"cuda": ("flex", "tiles")}
+
+
+def preferred(need: Need) -> tuple[str, ...]:
+    """Kernels for a device, best first; see ``benchmarks/results``."""
+    if not need.compiled or need.device not in ("cpu", "cuda"):
+        return ("tiles",)
+    return ("flex", "tiles") if need.device == "cuda" or need.changes_scores else ("tiles",)
 
 
 def choose(asked: str, need: Need) -> tuple[str, str | None]:
-    """The kernel for a node, and why a preferred one was passed over.
+    """The kernel for a node, and on a GPU why a faster one was passed over.
 
     Args:
         asked: a key of :data:`KERNELS`, or ``auto`` for the first that serves on the device.
@@ -76,12 +90,10 @@ def choose(asked: str, need: Need) -> tuple[str, str | None]:
         KernelError: the kernel that was asked for cannot serve the node; says why and which can.
     """
     if asked == "auto":
-        passed: str | None = None
-        for name in PREFERRED.get(need.device, ("tiles",)):
-            reason = KERNELS[name](need)
-            if reason is None:
-                return name, passed
-            passed = f"kernel {name}: {reason}"
+        reasons = [(name, KERNELS[name](need)) for name in preferred(need)]
+        chosen = next(name for name, reason in reasons if reason is None)
+        passed = next((f"kernel {name}: {reason}" for name, reason in reasons if reason), None)
+        return chosen, passed if need.device == "cuda" else None
     reason = KERNELS[asked](need)
     if reason is not None:
         able = [name for name, refuses in KERNELS.items() if refuses(need) is None]

@@ -7,41 +7,46 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from sp_compile.kernels.bands import WHOLE
+from sp_compile.kernels.bands import ROUNDING, WHOLE
 
 SMALL = 64  # rows below which neighbouring pieces become one
 BRANCH = 8
 
 
 class Vector:
-    """A per-token vector of the rule, seen over pieces."""
+    """A per-token vector of the rule, seen over pieces.
 
-    def __init__(self, value: torch.Tensor, of_keys: bool) -> None:
+    ``rounding`` is by how much a comparison may change its values, as a share; then it has no runs that can be trusted.
+    """
+
+    def __init__(self, value: torch.Tensor, of_keys: bool, rounding: float = 0.0) -> None:
         self.of_keys = of_keys
         self.values = value.reshape(-1).to(torch.float64).numpy()
-        self.whole = bool(((self.values == np.floor(self.values)) & (np.abs(self.values) <= WHOLE)).all())
+        small = np.abs(self.values) <= WHOLE
+        self.whole = not rounding and bool(((self.values == np.floor(self.values)) & small).all())
+        self.rounding = rounding if small.all() else max(rounding, ROUNDING)
 
     def cuts(self) -> np.ndarray:
-        """Where a run of constant or counting values ends; none for vectors without such runs."""
-        if not self.whole or len(self.values) < 2:
+        """Where a run of constant or counting values ends; a grid for vectors without such runs."""
+        if len(self.values) < 2:
             return np.zeros(0, dtype=np.int64)
         steps = np.diff(self.values)
         starts = np.flatnonzero(np.diff(steps)) + 1  # where another step begins
-        if len(starts) > len(steps) // 4 + 8:
-            return np.zeros(0, dtype=np.int64)
-        found, fresh = [], -1
-        edges = [0, *starts.tolist()]
+        if not self.whole or len(starts) > len(steps) // 4 + 8:
+            return np.arange(SMALL, len(self.values), SMALL)
+        edges = starts.tolist()
+        # a lone first element is a piece, unless it counts on
+        found = [1] if edges[:1] == [1] and steps[0] not in (0.0, 1.0) else []
         for at in edges:
-            regular = steps[at] in (0.0, 1.0)
-            if at == fresh or (at == 0 and regular):
-                continue  # a piece begins here anyway
-            fresh = at + 1
-            found.append(fresh)
+            if not found or at != found[-1]:  # else a piece begins here anyway
+                found.append(at + 1)
         return np.asarray(found, dtype=np.int64)
 
     def over(self, starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, ...]:
         """Least and largest value, first value and step of each piece; NaN for the last two where it is irregular."""
         low, high = np.minimum.reduceat(self.values, starts), np.maximum.reduceat(self.values, starts)
+        if self.rounding:
+            low, high = low - self.rounding * np.abs(low), high + self.rounding * np.abs(high)
         first, size = self.values[starts], ends - starts
         step = np.where(size > 1, self.values[np.minimum(starts + 1, ends - 1)] - first, 0.0)
         irregular = np.zeros(len(self.values), dtype=bool)

@@ -19,6 +19,8 @@ from sp_compile.kernels.bands import Band, Pairs, Value
 from sp_compile.kernels.pieces import BRANCH, SMALL, Side, Vector
 from sp_compile.score_rule import Assignment, assigns, call, evaluate, needed
 
+HALF = (torch.bfloat16, torch.float16)
+PAIRS = 1 << 15  # of pieces, from where on they are not told apart further
 STRIP_ROWS, STRIP_KEYS = 128, 4096
 UNBOUNDED = 1 << 40
 
@@ -82,9 +84,40 @@ def plan_regions(
         return list(_Planner(rule, operands, tables, queries, keys, -1).regions())
     found = []
     for row in range(rows):
-        own = [each[row : row + 1] if each.dim() == 4 and each.shape[0] > 1 else each for each in operands]
+        own = [_row_of(each, row) for each in operands]
         found += _Planner(rule, own, tables, queries, keys, row).regions()
     return found
+
+
+def seen_rows(
+    operands: Sequence[torch.Tensor],
+    tables: Sequence[torch.Tensor],
+    rule: str,
+    valid: torch.Tensor | None,
+    queries: int,
+    keys: int,
+) -> torch.Tensor:
+    """Which queries see any key, bool ``[rows, queries]`` on the CPU; one row where the batch shares a mask."""
+    regions = plan_regions(operands, tables, rule, valid, queries, keys)
+    rule, operands = with_valid(rule, [each.cpu() for each in operands], None if valid is None else valid.cpu())
+    seen = np.zeros((mask_rows(rule, operands) or 1, queries), dtype=bool)
+    for each in regions:
+        rows = slice(each.q_start, each.q_end)
+        if each.masked:
+            own = [_row_of(operand, max(each.row, 0)) for operand in operands]
+            for start in range(each.k_start, each.k_end, STRIP_KEYS):
+                span = start, min(start + STRIP_KEYS, each.k_end)
+                found = elements(rule, own, [x.cpu() for x in tables], (each.q_start, each.q_end), span)
+                seen[max(each.row, 0), rows] |= found.any(axis=1)
+        else:
+            row = np.arange(each.q_end - each.q_start)
+            last = np.minimum(each.k_end - each.k_start - 1, row + each.high)
+            seen[max(each.row, 0), rows] |= np.maximum(0, row + each.low) <= last
+    return torch.from_numpy(seen)
+
+
+def _row_of(operand: torch.Tensor, row: int) -> torch.Tensor:
+    return operand[row : row + 1] if operand.dim() == 4 and operand.shape[0] > 1 else operand
 
 
 def with_valid(
@@ -145,23 +178,25 @@ class _Planner:
                 self.mixed.append(each)
             else:
                 known[each.name] = call(each.function, inputs, torch.device("cpu"))
+        # what is compared with half precision is rounded to it
+        rounding = 2.0**-7 if any(each.dtype in HALF for each in known.values()) else 0.0
         for name, value in known.items():
             if value.numel() == 1:
                 self.constants[name] = float(value)
             elif value.dim() and value.shape[-1] == value.numel():
-                self.vectors[name] = Vector(value, of_keys=True)
+                self.vectors[name] = Vector(value, True, rounding)
             elif value.dim() > 1 and value.shape[-2] == value.numel():
-                self.vectors[name] = Vector(value, of_keys=False)
+                self.vectors[name] = Vector(value, False, rounding)
 
     def regions(self) -> Iterator[Region]:
         """All regions, in no order."""
-        rows, columns = self._visible_pairs()
+        rows, columns, level = self._visible_pairs()
         if not len(rows):
             return
-        band = self._band(rows, columns, 0)
+        band = self._band(rows, columns, level)
         unknown = np.isnan(band.low) | np.isnan(band.high)
-        q_starts, q_ends = (each[rows] for each in self.queries.levels[0])
-        k_starts, k_ends = (each[columns] for each in self.keys.levels[0])
+        q_starts, q_ends = (each[rows] for each in self.queries.level(level))
+        k_starts, k_ends = (each[columns] for each in self.keys.level(level))
         bounds = np.where(unknown, 0, np.clip(np.stack([band.low, band.high]), -UNBOUNDED, UNBOUNDED))
         table = np.stack([q_starts, q_ends, k_starts, k_ends, *bounds.astype(np.int64)], axis=1)
         keep = unknown | ~band.empty
@@ -173,8 +208,8 @@ class _Planner:
                 found.append(Region(self.row, *values))
         yield from _joined(found)
 
-    def _visible_pairs(self) -> tuple[np.ndarray, np.ndarray]:
-        """Pairs of pieces that may hold a visible element, by descending both trees."""
+    def _visible_pairs(self) -> tuple[np.ndarray, np.ndarray, int]:
+        """Pairs of pieces that may hold a visible element, by descending both trees, and the level that was reached."""
         depth = max(len(self.queries.levels), len(self.keys.levels))
         rows = columns = np.zeros(1, dtype=np.int64)
         for level in range(depth - 1, -1, -1):
@@ -186,7 +221,9 @@ class _Planner:
             if level:
                 band = self._band(rows, columns, level)
                 rows, columns = rows[~band.empty], columns[~band.empty]
-        return rows, columns
+                if len(rows) > PAIRS:
+                    return rows, columns, level
+        return rows, columns, 0
 
     def _children(
         self, rows: np.ndarray, columns: np.ndarray, level: int, counts: list[int]
@@ -223,25 +260,21 @@ class _Planner:
         strips = []
         for start in range(q_start, q_end, STRIP_ROWS):
             end = min(start + STRIP_ROWS, q_end)
-            mask = torch.cat([self._elements(start, end, at, min(at + STRIP_KEYS, k_end))
-                              for at in range(k_start, k_end, STRIP_KEYS)], dim=1)  # fmt: skip
+            parts = [self._elements(start, end, at, min(at + STRIP_KEYS, k_end))
+                     for at in range(k_start, k_end, STRIP_KEYS)]  # fmt: skip
+            mask = np.concatenate(parts, axis=1)
             rows = slice(start - q_start, end - q_start)
-            numbers = mask.to(torch.uint8)
-            count[rows] = mask.sum(dim=1).numpy()
-            first[rows] = numbers.argmax(dim=1).numpy()
-            last[rows] = mask.shape[1] - 1 - numbers.flip(1).argmax(dim=1).numpy()
-            strips.append((start, end, mask.any(dim=0).numpy(), mask.all(dim=0).numpy()))
+            count[rows] = np.count_nonzero(mask, axis=1)
+            first[rows], last[rows] = mask.argmax(axis=1), mask.shape[1] - 1 - mask[:, ::-1].argmax(axis=1)
+            strips.append((start, end, mask.any(axis=0), mask.all(axis=0)))
         if (count == np.where(count > 0, last - first + 1, 0)).all():
             yield from self._of_runs(q_start, k_start, k_end, np.where(count > 0, first, -1), last)
             return
         for start, end, some, every in strips:
             yield from self._of_strip(start, end, k_start, some, every)
 
-    def _elements(self, q_start: int, q_end: int, k_start: int, k_end: int) -> torch.Tensor:
-        cut = [narrowed(narrowed(each, -2, q_start, q_end), -1, k_start, k_end) for each in self.operands]
-        mask = evaluate(self.rule, cut, ("mask",), tables=self.tables)["mask"].to(torch.bool)
-        mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape)).any(dim=1)[0]  # any head
-        return mask.expand(q_end - q_start, k_end - k_start)
+    def _elements(self, q_start: int, q_end: int, k_start: int, k_end: int) -> np.ndarray:
+        return elements(self.rule, self.operands, self.tables, (q_start, q_end), (k_start, k_end))
 
     def _of_runs(self, q_start: int, k_start: int, k_end: int, first: np.ndarray, last: np.ndarray) -> Iterator[Region]:
         """Rows that each see one run of keys, cut where the run's ends jump or change their step."""
@@ -276,6 +309,20 @@ class _Planner:
                 yield Region(self.row, start, end, k_start + left, k_start + right, masked=bool(kinds[left] == 1))
 
 
+def elements(
+    rule: str,
+    operands: Sequence[torch.Tensor],
+    tables: Sequence[torch.Tensor],
+    queries: tuple[int, int],
+    keys: tuple[int, int],
+) -> np.ndarray:
+    """The mask between these queries and keys for one row of the batch, True where some head sees."""
+    cut = [narrowed(narrowed(each, -2, *queries), -1, *keys) for each in operands]
+    mask = evaluate(rule, cut, ("mask",), tables=tables)["mask"].to(torch.bool)
+    mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape)).any(dim=1)[0]
+    return mask.expand(queries[1] - queries[0], keys[1] - keys[0]).numpy()
+
+
 def _plain(operand: torch.Tensor) -> torch.Tensor | None:
     """The operand as ``[queries or 1, keys or 1]``; None where heads differ or both dims are there."""
     wide = operand.reshape((1,) * (4 - operand.dim()) + tuple(operand.shape))
@@ -303,9 +350,9 @@ def narrowed(tensor: torch.Tensor, dim: int, start: int, end: int) -> torch.Tens
 
 
 def _joined(regions: list[Region]) -> list[Region]:
-    """Full regions of the same queries that lie side by side become one, then those of the same keys."""
-    across = _chained(regions, key=lambda each: (each.q_start, each.q_end), side=("k_start", "k_end"))
-    return _chained(across, key=lambda each: (each.k_start, each.k_end), side=("q_start", "q_end"))
+    """Regions without a band of the same queries that lie side by side become one, then those of the same keys."""
+    across = _chained(regions, lambda each: (each.masked, each.q_start, each.q_end), ("k_start", "k_end"))
+    return _chained(across, lambda each: (each.masked, each.k_start, each.k_end), ("q_start", "q_end"))
 
 
 def _chained(regions: list[Region], key: Any, side: tuple[str, str]) -> list[Region]:
@@ -313,7 +360,7 @@ def _chained(regions: list[Region], key: Any, side: tuple[str, str]) -> list[Reg
     open_runs: dict[Any, Region] = {}
     done = []
     for each in sorted(regions, key=lambda region: getattr(region, start)):
-        if not each.full:
+        if not (each.full or each.masked):
             done.append(each)
             continue
         before = open_runs.get(key(each))
