@@ -126,6 +126,11 @@ def _triangle(lifter: Lifter, node: fx.Node, dims: Dims) -> Any:
     return lifter.call("where", inside, value, 0)
 
 
+def _diagonal(lifter: Lifter, node: fx.Node, dims: Dims) -> Any:
+    on = lifter.call("eq", lifter.rows(of_keys=True), lifter.rows(of_keys=False))
+    return on if node.meta["val"].dtype == torch.bool else lifter.call("where", on, 1, 0)
+
+
 def _outer(lifter: Lifter, node: fx.Node, dims: Dims) -> Any:
     """A product over an inner dim of size 1."""
     left, right = node.args[:2]
@@ -155,6 +160,7 @@ def _einsum(lifter: Lifter, node: fx.Node, dims: Dims) -> Any:
 
 
 _HANDLERS: Mapping[str, Callable[[Any, fx.Node, Dims], Any]] = {
+    "eye": _diagonal,
     "tril": _triangle,
     "triu": _triangle,
     "matmul": _outer,

@@ -357,6 +357,10 @@ FORMS = {
         lambda q, k: torch.logical_xor(k <= q, torch.logical_not(k < 4)), "t0 = le(x0, x1); mask = xor(t0, x2)"
     ),
     "triangle of ones": mask_form(lambda q, k: torch.ones_like(k <= q).tril(1), "t0 = add(x1, 1); mask = le(x0, t0)"),
+    "diagonal": mask_form(
+        lambda q, k: (k < q) | (torch.eye(q.shape[0]) > 0),
+        "t0 = lt(x0, x1); t1 = eq(x2, x3); t2 = where(t1, 1, 0); t3 = gt(t2, 0); mask = or(t0, t3)",
+    ),
     "triangle of lows": mask_form(
         lambda q, k: torch.full_like(q + k, -torch.inf, dtype=torch.float32).triu(1),
         "t0 = add(x1, 1); t1 = ge(x0, t0); mask = not(t1)",
