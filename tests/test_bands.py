@@ -104,7 +104,7 @@ BRUTE = sorted(set(FUNCTIONS) - {"lookup", "pow"})
 
 @pytest.mark.parametrize("function", BRUTE)
 def test_a_band_is_the_mask(function: str):
-    @settings(max_examples=100, deadline=None)
+    @settings(max_examples=50, deadline=None)
     @given(rules(function))
     def run(case: Case) -> None:
         rule, vectors = case
