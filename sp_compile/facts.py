@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from sp_compile.lift_ops import constant
 from sp_compile.masks import follows_from_inputs, slice_of
 from sp_compile.program import Program, op_name, source_line
 from sp_compile.requests import rows_read
@@ -21,9 +22,9 @@ from sp_compile.symbols import is_tensor, token_dims
 
 @dataclass(frozen=True)
 class Fact:
-    """An output of :attr:`Facts.gm`, the dims that are tokens, and who takes it; ``rows`` are numbers of rows."""
+    """An output of :attr:`Facts.gm`, its dims of so many rows a token, and who takes it; ``rows`` numbers rows."""
 
-    dims: tuple[int, ...]
+    dims: tuple[tuple[int, int], ...]
     rows: bool
     user: str
 
@@ -48,8 +49,8 @@ class Facts:
                 if packed != single:
                     return fact.user
                 continue
-            for dim in fact.dims:
-                packed = packed.narrow(dim, rows.start, rows.stop - rows.start)
+            for dim, times in fact.dims:
+                packed = packed.narrow(dim, times * rows.start, times * (rows.stop - rows.start))
             if not _same(packed - rows.start if fact.rows else packed, single):
                 return fact.user
         return None
@@ -66,10 +67,10 @@ def read_facts(program: Program, device: torch.device | None = None) -> Facts:
         numbers = rows_read(node, program.tokens)
         for each in node.all_input_nodes:
             masks = each in of_masks and node.target is torch.ops.sp_compile.attention.default
-            if each in varying and not masks and (is_tensor(each) or _is_pointwise(node)):
+            if each in varying and not masks and not _is_fill(each) and (is_tensor(each) or _is_pointwise(node)):
                 where = source_line(node)
                 fact = Fact(
-                    tuple(token_dims(each, program.tokens)),
+                    tuple(token_dims(each, program.tokens).items()),
                     each in numbers,
                     f"{op_name(node)}{f' ({where})' if where else ''}",
                 )
@@ -91,6 +92,11 @@ def _without_tokens(program: Program) -> tuple[set[fx.Node], set[fx.Node]]:
             if not varying.isdisjoint(node.all_input_nodes):
                 varying.add(node)
     return free, varying
+
+
+def _is_fill(node: fx.Node) -> bool:
+    """Whether every element of the node is the same number, whatever its size."""
+    return constant(node) is not None or op_name(node) == "aten.empty"
 
 
 def _is_pointwise(node: fx.Node) -> bool:

@@ -81,12 +81,12 @@ def test_a_rule_is_joined_whatever_its_names(rule: str, expected: str):
 def test_row_numbers_restart_but_still_pick_rows_of_the_batch():
     def forward(self: Any, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> Any:
         rows = torch.arange(inputs_embeds.shape[1]) + 0
-        return inputs_embeds + rows[:, None], position_ids[:, rows + 0], rows, inputs_embeds + position_ids[..., None]
+        return inputs_embeds + rows[:, None], position_ids[:, 10 - rows], rows, inputs_embeds + position_ids[..., None]
 
     inputs = {**packed(), "position_ids": 7 + torch.arange(11)[None]}
     moved, picked, rows, _ = values(isolated(forward, inputs), inputs)
     torch.testing.assert_close(moved, inputs["inputs_embeds"] + POSITIONS[:, None])
-    assert picked.tolist() == inputs["position_ids"].tolist()
+    assert picked.tolist() == inputs["position_ids"].flip(1).tolist()
     assert rows.tolist() == POSITIONS.tolist()
 
 
