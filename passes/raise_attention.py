@@ -19,7 +19,7 @@ After::
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from operator import getitem
 from typing import Any
 
@@ -35,7 +35,7 @@ from sp_compile.lift_ops import NotLifted
 from sp_compile.lookups import read_in_order
 from sp_compile.pipeline import Pass
 from sp_compile.products import NearestMiss
-from sp_compile.program import Fallback, Program, op_name, source_line
+from sp_compile.program import Program
 from sp_compile.sdpa import SdpaAttention
 from sp_compile.softmax_forms import SOFTMAXES
 
@@ -84,7 +84,7 @@ def _raise_sdpa(program: Program, node: fx.Node) -> None:
     except (NearestMiss, NotLifted) as miss:
         node.meta["not_raised"] = str(miss)
         if sdpa.is_over_tokens(node, program.tokens):
-            _record(program, node, f"attention not raised: {miss}")
+            program.record(node, f"attention not raised: {miss}")
         return
     found.replace(*_insert(program, found))
 
@@ -95,7 +95,7 @@ def _raise_eager(program: Program, root: fx.Node) -> None:
     try:
         found = eager_attention.match(root, _inserter(program, root), _batch(program))
     except NearestMiss as miss:
-        _record(program, root, f"attention not raised: {miss}")
+        program.record(root, f"attention not raised: {miss}")
         return
     found.replace(*_insert(program, found))
 
@@ -137,18 +137,8 @@ def _insert(program: Program, found: SdpaAttention | EagerAttention) -> tuple[fx
     for each in (raised, *parts):
         each.meta["stack_trace"] = node.meta.get("stack_trace")
     for missed, reason in lifter.misses:
-        _record(program, missed, f"mask not lifted, cut to the rank's rows: {reason}")
+        program.record(missed, f"mask not lifted, cut to the rank's rows: {reason}")
     return parts[0], parts[1]
-
-
-def _record(program: Program, node: fx.Node, reason: str) -> None:
-    """Layers that miss for the same reason are one entry; what their gathers bring is told by the ops after them."""
-    same = Fallback(op_name(node), 1, 0, source_line(node), reason)
-    for i, each in enumerate(program.fallbacks):
-        if replace(each, count=1) == same:
-            program.fallbacks[i] = replace(each, count=each.count + 1)
-            return
-    program.fallbacks.append(same)
 
 
 def _unrepeat(node: fx.Node) -> fx.Node:

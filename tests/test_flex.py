@@ -109,7 +109,7 @@ def test_flex_attention_is_raised_and_computes_the_same(model: Flex, rule: str, 
 @pytest.mark.parametrize("name", ["documents", "prefix of each sequence", "relative positions", "softcap"])
 def test_flex_attention_computes_the_same_on_ranks(name: str):
     model = CASES[name][0]
-    program = after("localize_shapes", model, packed(32))
+    program = after("localize_shapes", model, packed(32), options={"plan_attention": {"kernel": "tiles"}})
     for lengths in (LENGTHS, (1, 2), (30, 15)):
         inputs = packed(32, lengths)
         for (found,) in Ranks(program, inputs, token_layout(lengths, 2, min_shard_length=2)).outputs():

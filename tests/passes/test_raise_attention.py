@@ -387,7 +387,8 @@ FORMS = {
 
 
 def program_of(form: Form, last: str) -> Any:
-    return after(last, lambda self, inputs_embeds: form.forward(inputs_embeds), embeds(32))
+    tiles = {"plan_attention": {"kernel": "tiles"}}
+    return after(last, lambda self, inputs_embeds: form.forward(inputs_embeds), embeds(32), options=tiles)
 
 
 def wide_nodes(program: Any) -> list[str]:
