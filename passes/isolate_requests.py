@@ -120,7 +120,8 @@ class _Counts:
     def _cuts_table(self, node: fx.Node) -> bool:
         args: Any = (*node.args, *(None, 0, 0, 0, 1)[len(node.args) :])
         source, dim, start, _, step = args
-        return shape_of(source)[dim] != self.program.tokens == shape_of(node)[dim] and start == 0 and step == 1
+        cut = shape_of(source)[dim] != self.program.tokens == shape_of(node)[dim]
+        return bool(cut and start == 0 and step == 1)
 
     def _summed(self, node: fx.Node) -> fx.Node:
         value, dtype = node.args[0], node.meta["val"].dtype
