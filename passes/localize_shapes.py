@@ -157,9 +157,10 @@ class _Shapes:
             self.lengths[self.program.tokens] = self.symbol("tokens", 67)
         return self.lengths[self.program.tokens]
 
-    def _shard_length(self) -> torch.SymInt:
-        if "shard_length" in self.program.symbols:
-            return self.program.symbols["shard_length"]
+    def _shard_length(self) -> Any:
+        known = self.program.symbols.get("shard_length")
+        if known is not None:
+            return known
         return self.symbol("shard_length", max(2, -(-int(self._tokens().node.hint) // self.program.sp)) + 1)
 
     def _device(self) -> torch.device:

@@ -78,9 +78,12 @@ class _Lowering:
         args = ops.AttentionArgs(*node.args)
         score, mask = (self._function(args, output) for output in ("score", "mask"))
         options = {**OPTIONS, "OUTPUT_LOGSUMEXP": _part(node, 1) is not None}
+        # code for CPUs takes queries and keys for tensors of four dims in memory, which views of a product are not
+        whole = args.q.meta["val"].device.type == "cpu"
+        q, k = (self._captured(each, (0, 1, 2, 3)) if whole else each for each in (args.q, args.k))
         flex = self.graph.call_function(
             torch.ops.higher_order.flex_attention,
-            (args.q, args.k, args.v, score[0], self._blocks(args, mask[0]), args.scale, options, score[1], mask[1]),
+            (q, k, args.v, score[0], self._blocks(args, mask[0]), args.scale, options, score[1], mask[1]),
         )
         out, lse = (self.graph.call_function(getitem, (flex, i)) for i in range(2))
         lse = self.graph.call_function(aten.mul.Tensor, (lse, math.log(2)))  # of base 2
@@ -146,7 +149,10 @@ class _Lowering:
             parts += [self._once(aten.select.int, listed, 3, 0), self._once(aten.slice.Tensor, listed, 3, 1)]
         parts = [self._once(aten.clone.default, each) for each in parts]
         stand_ins = [torch.zeros([1] * dims, dtype=torch.int32) for dims in (3, 4, 3, 4)]
-        example = BlockMask.from_kv_blocks(*stand_ins, BLOCK_SIZE=BLOCK, mask_mod=_everything, compute_q_blocks=False)
+        count, which, full_count, full_which = stand_ins
+        example = BlockMask.from_kv_blocks(
+            count, which, full_count, full_which, BLOCK, _everything, compute_q_blocks=False
+        )
         found = {id(each): part for each, part in zip(stand_ins, parts, strict=True)}
         lengths = [self._once(aten.sym_size.int, each, 2) for each in (args.q, args.k)]
         return (*lengths, *(found.get(id(each), each) for each in example.as_tuple(flatten=True)[2:-1]), mask)

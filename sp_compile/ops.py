@@ -103,7 +103,7 @@ def _(
 
 @torch.library.custom_op("sp_compile::captured", mutates_args=())
 def captured(value: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:
-    """A tensor that FlexAttention's functions capture, reduced to these dims and in memory of its own."""
+    """A tensor for FlexAttention, reduced to these dims and in memory of its own: Inductor fuses nothing into it."""
     return value.reshape([value.shape[dim] for dim in dims] or [1]).clone(memory_format=torch.contiguous_format)
 
 

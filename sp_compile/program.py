@@ -171,7 +171,8 @@ def _type_text(value: Any, letters: Mapping[str, str]) -> str:
 
 
 def _size_text(size: Any, letters: Mapping[str, str]) -> str:
-    return re.sub(r"\bs\d+\b", lambda found: letters.get(found[0], found[0]), str(size))
+    known = re.sub(r"\bs\d+\b", lambda found: letters.get(found[0], found[0]), str(size))
+    return re.sub(r"\bu\d+\b", "?", known)  # depends on data
 
 
 def _letters(program: Program) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, wraps
@@ -45,6 +46,7 @@ DYNAMO: dict[str, Any] = {
     "accumulated_recompile_limit": 65536,
     "automatic_dynamic_shapes": False,
     "assume_static_by_default": True,
+    "ignore_logging_functions": {warnings.warn},  # transformers warns while it makes block masks
 }
 
 

@@ -48,12 +48,12 @@ class Band:
     @property
     def full(self) -> np.ndarray:
         """Where every element is True."""
-        return (self.low == -np.inf) & (self.high == np.inf)
+        return np.asarray((self.low == -np.inf) & (self.high == np.inf))
 
     @property
     def empty(self) -> np.ndarray:
         """Where no element is."""
-        return self.low > self.high
+        return np.asarray(self.low > self.high)
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ class Pairs:
 
 
 def _whole(value: np.ndarray) -> np.ndarray:
-    return np.isfinite(value) & (value == np.floor(value)) & (np.abs(value) <= WHOLE)
+    return np.asarray(np.isfinite(value) & (value == np.floor(value)) & (np.abs(value) <= WHOLE))
 
 
 def _plane(value: Value) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -81,7 +81,7 @@ def _without_small(starts: np.ndarray, length: int) -> np.ndarray:
     sizes = np.diff(np.append(starts, length))
     if (sizes >= SMALL).all():
         return starts
-    kept = []
+    kept: list[int] = []
     for start, size in zip(starts.tolist(), sizes.tolist(), strict=True):
         if not kept or size >= SMALL or start - kept[-1] >= SMALL:
             kept.append(start)

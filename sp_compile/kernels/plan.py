@@ -57,7 +57,9 @@ def as_tensor(regions: Sequence[Region]) -> torch.Tensor:
 
 def as_regions(plan: torch.Tensor) -> list[Region]:
     """The regions of a plan."""
-    return [Region(*row[:7], bool(row[7])) for row in plan.tolist()]
+    fields = [*Region.__dataclass_fields__]
+    rows = (dict(zip(fields, row, strict=True)) for row in plan.tolist())
+    return [Region(**{**row, "masked": bool(row["masked"])}) for row in rows]
 
 
 def plan_regions(
@@ -82,7 +84,7 @@ def plan_regions(
     rows = mask_rows(rule, operands)
     if rows is None:
         return list(_Planner(rule, operands, tables, queries, keys, -1).regions())
-    found = []
+    found: list[Region] = []
     for row in range(rows):
         own = [_row_of(each, row) for each in operands]
         found += _Planner(rule, own, tables, queries, keys, row).regions()
@@ -200,7 +202,7 @@ class _Planner:
         bounds = np.where(unknown, 0, np.clip(np.stack([band.low, band.high]), -UNBOUNDED, UNBOUNDED))
         table = np.stack([q_starts, q_ends, k_starts, k_ends, *bounds.astype(np.int64)], axis=1)
         keep = unknown | ~band.empty
-        found = []
+        found: list[Region] = []
         for values, masked in zip(table[keep].tolist(), unknown[keep].tolist(), strict=True):
             if masked:
                 found += self._looked_at(*values[:4])
@@ -266,7 +268,7 @@ class _Planner:
             rows = slice(start - q_start, end - q_start)
             count[rows] = np.count_nonzero(mask, axis=1)
             first[rows], last[rows] = mask.argmax(axis=1), mask.shape[1] - 1 - mask[:, ::-1].argmax(axis=1)
-            strips.append((start, end, mask.any(axis=0), mask.all(axis=0)))
+            strips.append((start, end, np.any(mask, axis=0), np.all(mask, axis=0)))
         if (count == np.where(count > 0, last - first + 1, 0)).all():
             yield from self._of_runs(q_start, k_start, k_end, np.where(count > 0, first, -1), last)
             return

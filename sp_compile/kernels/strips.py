@@ -54,9 +54,9 @@ def _strips(region: Region, merging: bool) -> Iterator[Strip]:
     first, last = max(box[0], box[2] - high), min(box[1], box[3] - low)
     if first >= last:
         return
-    cuts = sorted({first, last, *(each for each in (box[2] - low + 1, box[3] - 1 - high) if first < each < last)})
+    cuts = sorted({first, last, *(each for each in (box[2] - low, box[3] - high) if first < each < last)})
     for start, end in itertools.pairwise(cuts):
-        left_free, right_free = start + low <= box[2] and end - 1 + low <= box[2], start + high >= box[3] - 1
+        left_free, right_free = end - 1 + low <= box[2], start + high >= box[3] - 1
         if left_free and right_free:
             yield Strip(start, end, box[2], box[3])
         elif left_free:

@@ -127,8 +127,8 @@ class _Call:
         parts = []
         for q, k, v in zip(self.q, self.k, self.v, strict=True):
             queries = _windows(q[:, strip.q_start :], rows, rows, strip.repeats)
-            seen = (_windows(each[:, strip.k_start :], keys, rows, strip.repeats) for each in (k, v))
-            out, lse = flash(queries, *seen, mask, self.scale)
+            seen_k, seen_v = (_windows(each[:, strip.k_start :], keys, rows, strip.repeats) for each in (k, v))
+            out, lse = flash(queries, seen_k, seen_v, mask, self.scale)
             parts.append((out.transpose(0, 1).flatten(1, 2), lse.transpose(0, 1).flatten(1, 2)))
         out, lse = (each[0][None] if len(each) == 1 else torch.stack(each) for each in zip(*parts, strict=True))
         end = strip.q_start + rows * strip.repeats
