@@ -27,17 +27,17 @@ import torch
 from torch import fx
 
 from sp_compile import eager_attention, ops, sdpa
-from sp_compile.axes import shape_of
-from sp_compile.eager_attention import EagerAttention
-from sp_compile.insertion import Inserter
 from sp_compile.invariants import CANONICAL, RAISED
-from sp_compile.lift_ops import NotLifted
-from sp_compile.lookups import read_in_order
 from sp_compile.pipeline import Pass
-from sp_compile.products import NearestMiss
 from sp_compile.program import Program
-from sp_compile.sdpa import SdpaAttention
-from sp_compile.softmax_forms import SOFTMAXES
+from sp_compile.raising.axes import shape_of
+from sp_compile.raising.eager_attention import EagerAttention
+from sp_compile.raising.insertion import Inserter
+from sp_compile.raising.lift_ops import NotLifted
+from sp_compile.raising.lookups import read_in_order
+from sp_compile.raising.products import NearestMiss
+from sp_compile.raising.sdpa import SdpaAttention
+from sp_compile.raising.softmax_forms import SOFTMAXES
 
 aten = torch.ops.aten
 

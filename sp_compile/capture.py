@@ -13,10 +13,10 @@ from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_f
 from torch.fx import traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from sp_compile.dynamo.flex import without_flex
+from sp_compile.dynamo.vmap import without_vmap
 from sp_compile.errors import CaptureError
-from sp_compile.flex import without_flex
 from sp_compile.program import Fallback, Program
-from sp_compile.vmap import without_vmap
 
 TOKEN_INPUTS = ("input_ids", "inputs_embeds")
 _KEYS = re.compile(r"\['([^']+)'\]|\.([A-Za-z_]\w*)")

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from sp_compile.lift_ops import constant
 from sp_compile.masks import follows_from_inputs, slice_of
 from sp_compile.program import Program, op_name, source_line
+from sp_compile.raising.lift_ops import constant
 from sp_compile.requests import rows_read
 from sp_compile.symbols import is_tensor, token_dims
 

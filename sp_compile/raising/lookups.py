@@ -13,11 +13,11 @@ import sympy
 import torch
 from torch import fx
 
-from sp_compile.axes import Dims, held_dims, new_dims, resolved, shape_of
+from sp_compile.raising.axes import Dims, held_dims, new_dims, resolved, shape_of
 from sp_compile.symbols import is_tensor, product
 
 if TYPE_CHECKING:
-    from sp_compile.lift import Lifter
+    from sp_compile.raising.lift import Lifter
 
 aten = torch.ops.aten
 

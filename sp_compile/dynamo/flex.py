@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from sp_compile.dynamo.vmap import top_level_regions
 from sp_compile.errors import CaptureError
-from sp_compile.vmap import top_level_regions
 
 FLEX = torch.ops.higher_order.flex_attention
 _LN2 = math.log(2)

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from sp_compile.axes import Dims, held_dims
-from sp_compile.lift import Lifter
-from sp_compile.lift_ops import NotLifted, constant
-from sp_compile.products import PRODUCTS, NearestMiss
-from sp_compile.rule_terms import blind_below
-from sp_compile.softmax_forms import CASTS
+from sp_compile.raising.axes import Dims, held_dims
+from sp_compile.raising.lift import Lifter
+from sp_compile.raising.lift_ops import NotLifted, constant
+from sp_compile.raising.products import PRODUCTS, NearestMiss
+from sp_compile.raising.rule_terms import blind_below
+from sp_compile.raising.softmax_forms import CASTS
 from sp_compile.symbols import is_tensor, shape_of
 
 aten = torch.ops.aten

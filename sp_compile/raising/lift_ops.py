@@ -14,12 +14,12 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from sp_compile.axes import Dims, before_view
-from sp_compile.lookups import NotLifted, embedding, indexed, sliced
+from sp_compile.raising.axes import Dims, before_view
+from sp_compile.raising.lookups import NotLifted, embedding, indexed, sliced
 from sp_compile.symbols import is_tensor, shape_of
 
 if TYPE_CHECKING:
-    from sp_compile.lift import Lifter
+    from sp_compile.raising.lift import Lifter
 
 __all__ = ["NotLifted", "constant", "hides", "is_zero_one", "lift"]
 

@@ -10,7 +10,7 @@ import sympy
 import torch
 from torch import fx
 
-from sp_compile.axes import Atom, Dims, resolved
+from sp_compile.raising.axes import Atom, Dims, resolved
 from sp_compile.symbols import coefficient, product, shape_of
 
 aten = torch.ops.aten

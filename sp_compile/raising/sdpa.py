@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from sp_compile.axes import Atom, Dims, Frame, frame_of, held_dims, new_dims, shape_of
-from sp_compile.insertion import Inserter
-from sp_compile.lift import Lifter
-from sp_compile.products import NearestMiss, from_heads, to_heads
+from sp_compile.raising.axes import Atom, Dims, Frame, frame_of, held_dims, new_dims, shape_of
+from sp_compile.raising.insertion import Inserter
+from sp_compile.raising.lift import Lifter
+from sp_compile.raising.products import NearestMiss, from_heads, to_heads
 from sp_compile.symbols import is_tensor
 
 aten = torch.ops.aten

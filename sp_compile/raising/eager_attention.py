@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from sp_compile.axes import Atom, Dims, Frame, frame_of, resolved
-from sp_compile.insertion import Inserter
-from sp_compile.lift import Lifter
-from sp_compile.lift_ops import NotLifted
-from sp_compile.products import (
+from sp_compile.raising.axes import Atom, Dims, Frame, frame_of, resolved
+from sp_compile.raising.insertion import Inserter
+from sp_compile.raising.lift import Lifter
+from sp_compile.raising.lift_ops import NotLifted
+from sp_compile.raising.products import (
     NearestMiss,
     Product,
     follow,
@@ -26,8 +26,8 @@ from sp_compile.products import (
     retie,
     to_heads,
 )
-from sp_compile.score_chain import ScoreChain, is_over_tokens, score_path
-from sp_compile.softmax_forms import SOFTMAXES, SoftmaxForm, softmax_form
+from sp_compile.raising.score_chain import ScoreChain, is_over_tokens, score_path
+from sp_compile.raising.softmax_forms import SOFTMAXES, SoftmaxForm, softmax_form
 from sp_compile.symbols import shape_of
 
 aten = torch.ops.aten

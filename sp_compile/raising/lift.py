@@ -3,7 +3,7 @@
 A mask ``[B, H, Q, K]`` is computed by pointwise ops over vectors ``[.., Q, 1]`` and ``[.., 1, K]``. The lifter turns
 those ops into a :mod:`score rule <sp_compile.score_rule>` and the vectors into its operands, so that no tensor of all
 queries by all keys is ever built. A subgraph it does not know becomes one operand of that size, and is reported. How
-each op is lifted is told in :mod:`sp_compile.lift_ops`.
+each op is lifted is told in :mod:`sp_compile.raising.lift_ops`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from sp_compile import lift_ops
-from sp_compile.axes import Dims, Frame, held_dims, resolved
-from sp_compile.insertion import Inserter
-from sp_compile.lift_ops import NotLifted, constant
-from sp_compile.rule_terms import Terms
+from sp_compile.raising import lift_ops
+from sp_compile.raising.axes import Dims, Frame, held_dims, resolved
+from sp_compile.raising.insertion import Inserter
+from sp_compile.raising.lift_ops import NotLifted, constant
+from sp_compile.raising.rule_terms import Terms
 from sp_compile.score_rule import Assignment
 
 aten = torch.ops.aten

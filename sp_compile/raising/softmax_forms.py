@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from sp_compile.lift_ops import constant, is_zero_one
-from sp_compile.products import PRODUCTS, NearestMiss
+from sp_compile.raising.lift_ops import constant, is_zero_one
+from sp_compile.raising.products import PRODUCTS, NearestMiss
 from sp_compile.symbols import is_tensor, shape_of
 
 aten = torch.ops.aten

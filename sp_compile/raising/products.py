@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from sp_compile.axes import Atom, Dims, Frame, after_op, before_view, resolved
-from sp_compile.insertion import Inserter
+from sp_compile.raising.axes import Atom, Dims, Frame, after_op, before_view, resolved
+from sp_compile.raising.insertion import Inserter
 from sp_compile.symbols import product, shape_of
 
 aten = torch.ops.aten
