@@ -26,10 +26,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from sp_compile import eager_attention, ops, sdpa
+from sp_compile import ops
 from sp_compile.invariants import CANONICAL, RAISED
 from sp_compile.pipeline import Pass
 from sp_compile.program import Program
+from sp_compile.raising import eager_attention, sdpa
 from sp_compile.raising.axes import shape_of
 from sp_compile.raising.eager_attention import EagerAttention
 from sp_compile.raising.insertion import Inserter

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import sp_compile
+from tests.local_graphs import wide_values
 from tests.zoo.models import build, tokens
 
 LENGTHS = (23, 1, 43)
@@ -19,13 +20,15 @@ LENGTHS = (23, 1, 43)
 class Outcome:
     """How one model did with one kind of batch: the error over the scale of the logits, or what was raised.
 
-    Where its requests were isolated, they are compared with each alone only, since unsharded it would mix them.
+    Where its requests were isolated, they are compared with each alone only, since unsharded it would mix them. ``wide``
+    are values of the local graphs of queries by keys.
     """
 
     error: float | None
     raised: str
     fallbacks: tuple[tuple[str, str, str], ...]
     isolated: bool = False
+    wide: tuple[str, ...] = ()
 
 
 def batch(kind: str) -> dict[str, Any]:
@@ -62,7 +65,7 @@ def compare(name: str, kind: str, dtype: torch.dtype = torch.float32, codegen: s
     held = inputs.get("attention_mask", torch.ones(found.shape[:2])).bool()
     error = max(_error(found[held], each[held]) for each in expected)
     fallbacks = tuple((each.op, each.source, each.reason) for each in parallel.report().fallbacks)
-    return Outcome(error, "", fallbacks, parallel.isolated)
+    return Outcome(error, "", fallbacks, parallel.isolated, tuple(wide_values(parallel)))
 
 
 def takes(model: nn.Module, argument: str) -> bool:
