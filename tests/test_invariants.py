@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from sp_compile import invariants, ops
 from sp_compile.errors import FallbackError, PassCrashError, PostconditionError, PreconditionError
 from sp_compile.invariants import CANONICAL, FUNCTIONAL, Invariant, Violation
+from sp_compile.ops import AttentionArgs
 from sp_compile.passes.normalize import Normalize
 from sp_compile.pipeline import Pass, run_pipeline
 from sp_compile.placements import REPLICATE, Gathered, Partial, Shard
@@ -95,7 +96,12 @@ def keys_in_normal_order(program: Program) -> None:
 
 def drop_plan(program: Program) -> None:
     node = call(program, "sp_compile.attention")
-    node.args = (*node.args[:7], None, *node.args[8:])
+    node.args = tuple(AttentionArgs(*node.args)._replace(plan=None))
+
+
+def ask_for_flex(program: Program) -> None:
+    node = call(program, "sp_compile.attention")
+    node.args = tuple(AttentionArgs(*node.args)._replace(kernel="flex"))
 
 
 def return_rows(program: Program) -> None:
@@ -179,7 +185,10 @@ BROKEN = {
         r"%attention_default \(sp_compile.attention\): expected %redistribute_\d as Gathered\(2\), found Replicate"),
     "attention without a plan": Broken(
         invariants.PLANNED, "plan_attention", attention, drop_plan,
-        r"%attention_default \(sp_compile.attention\): expected a tile plan, found none"),
+        r"%attention_default \(sp_compile.attention\): expected a plan, found none"),
+    "attention that was not lowered": Broken(
+        invariants.KERNELS_LOWERED, "lower_attention", attention, ask_for_flex,
+        r"%attention_default \(sp_compile.attention\): expected no attention that FlexAttention computes, found kernel='flex'"),
     "an output left on the ranks": Broken(
         invariants.RESTORED, "restore_outputs", doubled, return_rows,
         r"%view \(aten.reshape\): expected outputs in normal order on every rank, found Shard\(1\)"),
@@ -215,7 +224,9 @@ def test_every_invariant_has_a_broken_graph():
 
 
 def test_sdpa_with_a_reason_may_stay():
-    program = after("raise_attention", lambda self, inputs_embeds: F.scaled_dot_product_attention(*[inputs_embeds] * 3))
+    program = after(
+        "raise_attention", lambda self, inputs_embeds: F.scaled_dot_product_attention(*[inputs_embeds.mT] * 3)
+    )
     invariants.RAISED.check(program)
     del call(program, "aten.scaled_dot_product_attention").meta["not_raised"]
     with pytest.raises(Violation):

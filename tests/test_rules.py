@@ -319,7 +319,7 @@ GATHERED = [
     Case("aten.embedding", "another input than the main one", lambda x, w: F.embedding(w.argsort(), x[0]), w(1)),
     Case("aten.sort", "sorts tokens of all ranks", lambda x: x[0, :, 0].sort()),
     Case("aten.scaled_dot_product_attention", "attention over the token dim that was not raised",
-         lambda x: F.scaled_dot_product_attention(x, 2 * x, 3 * x)),
+         lambda x: F.scaled_dot_product_attention(*(i * x.transpose(1, 2) for i in (1, 2, 3)))),
     Case("aten.conv1d", "no rule", lambda x, w: F.conv1d(x.transpose(1, 2), w, padding=1), w(8, 8, 3)),
 ]  # fmt: skip
 
@@ -459,7 +459,11 @@ def test_every_row_of_the_table_has_a_case():
     tried = {each.op.replace(".", "::") + f".{each.overload}".rstrip(".") for each in CASES} | {*REWRITTEN}
     experts, single = {"aten::histc", "aten::_grouped_mm"}, {"select_rows", "aten::sym_size"}
     inserted = {"aten::unflatten"}  # normalize writes it as a reshape; minimize_communication uses it
-    attention = {"sp_compile::attention", "sp_compile::tile_plan"}  # tests/passes/test_shard_attention.py
+    attention = {
+        "sp_compile::attention",
+        "sp_compile::tile_plan",
+        "sp_compile::block_mask",
+    }  # tests/passes/test_shard_attention.py
     alike = {"aten::bincount": "aten::histc", "transformers::grouped_mm_fallback": "aten::_grouped_mm"}
     assert all(RULES[name] is RULES[other] for name, other in alike.items())
     assert set(RULES) - tried - experts - single - inserted - attention - {*alike} == set()

@@ -52,8 +52,8 @@ def test_gathers_to_normal_order_are_dropped():
 def test_a_mask_that_was_not_lifted_is_cut_along_queries_and_reordered_along_keys():
     program = after("shard_attention", unlifted, embeds(32))
     (mask,) = call(program, "sp_compile.attention").args[3]
-    assert describe(placement(mask)) == "QueriesByKeys(2, 3)"
-    assert describe(placement(mask.args[0])) == "Shard(2)"
+    assert describe(placement(mask)) == "QueriesByKeys(1, 2)"
+    assert describe(placement(mask.args[0])) == "Shard(1)"
 
 
 def test_attentions_with_the_same_mask_share_its_reordered_operands():

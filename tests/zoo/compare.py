@@ -20,8 +20,8 @@ LENGTHS = (23, 1, 43)
 class Outcome:
     """How one model did with one kind of batch: the error over the scale of the logits, or what was raised.
 
-    Where its requests were isolated, they are compared with each alone only, since unsharded it would mix them. ``wide``
-    are values of the local graphs of queries by keys.
+    Where its requests were isolated, they are compared with each alone only, since unsharded it would mix them.
+    ``wide`` are values of the local graphs of queries by keys.
     """
 
     error: float | None
