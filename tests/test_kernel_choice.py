@@ -1,0 +1,99 @@
+"""Which kernel computes an attention: what each refuses and why, and what a device prefers."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from sp_compile.errors import KernelError
+from sp_compile.kernels.choice import KERNELS, Need, choose, preferred
+
+CPU = Need(device="cpu", dtype=torch.float32, head_dim=64, value_dim=64, lse=False)
+GPU = replace(CPU, device="cuda", dtype=torch.bfloat16)
+
+REFUSED = {
+    "another device": (CPU, {"device": "mps"}, "it does not run on mps"),
+    "doubles": (CPU, {"dtype": torch.float64}, "it does not take torch.float64"),
+    "doubles on a GPU": (GPU, {"dtype": torch.float64}, "it does not take torch.float64"),
+    "means for masks of heads": (
+        CPU, {"empty_mean": True, "mask_per_head": True},
+        "it does not tell for each head which queries see no key, which get the mean of the values in this model"),
+    "means for masks of heads on a GPU": (
+        GPU, {"empty_mean": True, "mask_per_head": True},
+        "it does not tell for each head which queries see no key, which get the mean of the values in this model"),
+    "small heads": (GPU, {"head_dim": 8}, "it takes head dims of at least 16 on a GPU, not 8"),
+    "small values": (GPU, {"value_dim": 4}, "it takes head dims of at least 16 on a GPU, not 4"),
+    "a log-sum-exp": (CPU, {"lse": True}, "it returns no log-sum-exp on a CPU, which the model uses"),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _capable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+
+
+@pytest.mark.parametrize(("need", "change", "reason"), REFUSED.values(), ids=REFUSED)
+def test_what_flex_attention_cannot_serve_is_refused_with_those_that_can(need: Need, change: Any, reason: str):
+    assert choose("flex", need) == ("flex", None)
+    message = f"^kernel 'flex' cannot serve: {re.escape(reason)}; pass kernel='tiles' or 'dense' or 'dense_fp64'$"
+    with pytest.raises(KernelError, match=message):
+        choose("flex", replace(need, **change))
+
+
+def test_a_cpu_without_vectors_is_refused(monkeypatch: pytest.MonkeyPatch):
+    for capability, refused in (("DEFAULT", True), ("AVX2", False), ("AVX512", False)):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        assert KERNELS["flex"](CPU) == ("it needs a CPU with AVX2" if refused else None)
+        assert KERNELS["flex"](GPU) is None
+        assert choose("auto", replace(CPU, changes_scores=True)) == ("tiles" if refused else "flex", None)
+
+
+@pytest.mark.parametrize(
+    "need",
+    [replace(CPU, head_dim=8, value_dim=4), replace(GPU, lse=True), replace(GPU, head_dim=16, value_dim=16),
+     replace(CPU, empty_mean=True), replace(GPU, mask_per_head=True), replace(CPU, dtype=torch.float16),
+     replace(CPU, compiled=False), replace(GPU, dtype=torch.float32)],
+    ids=str,
+)  # fmt: skip
+def test_what_flex_attention_serves(need: Need):
+    assert choose("flex", need) == ("flex", None)
+
+
+@pytest.mark.parametrize("kernel", ["tiles", "dense", "dense_fp64"])
+def test_the_other_kernels_serve_all(kernel: str):
+    for need, change, _ in REFUSED.values():
+        assert choose(kernel, replace(need, **change)) == (kernel, None)
+
+
+@pytest.mark.parametrize(
+    ("need", "names"),
+    [
+        (CPU, ("tiles",)),
+        (replace(CPU, changes_scores=True), ("flex", "tiles")),
+        (replace(CPU, changes_scores=True, compiled=False), ("tiles",)),
+        (GPU, ("flex", "tiles")),
+        (replace(GPU, changes_scores=True), ("flex", "tiles")),
+        (replace(GPU, compiled=False), ("tiles",)),
+        (replace(CPU, device="mps", changes_scores=True), ("tiles",)),
+    ],
+    ids=str,
+)
+def test_auto_takes_what_the_device_prefers(need: Need, names: tuple[str, ...]):
+    assert preferred(need) == names
+    assert choose("auto", need) == (names[0], None)
+
+
+@pytest.mark.parametrize(("need", "change", "reason"), REFUSED.values(), ids=REFUSED)
+def test_auto_passes_over_what_cannot_serve_and_says_so_on_a_gpu(need: Need, change: Any, reason: str):
+    asked = replace(need, changes_scores=True, **change)
+    assert choose("auto", asked) == ("tiles", f"kernel flex: {reason}" if need.device == "cuda" else None)
+
+
+def test_the_last_that_a_device_prefers_serves_all():
+    for need in (CPU, GPU, replace(CPU, device="mps"), replace(CPU, changes_scores=True), replace(GPU, compiled=False)):
+        last = KERNELS[preferred(need)[-1]]
+        assert all(last(replace(need, **change)) is None for _, change, _ in REFUSED.values())
