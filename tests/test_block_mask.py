@@ -82,6 +82,7 @@ EXACT: dict[str, Case] = {
     "causal of whole blocks": (CAUSAL, positions(512), None, (512, 512)),
     "one token": (CAUSAL, positions(1), None, (1, 1)),
     "window": (WINDOW, positions(700), None, (700, 700)),
+    "window of two": (WINDOW.replace("200", "2"), positions(700), None, (700, 700)),
     "later keys": ("mask = gt(x1, x0)", positions(500), None, (500, 500)),
     "the last keys": ("", [], torch.arange(500) >= 200, (300, 500)),
     "some keys": (CAUSAL, positions(900), torch.arange(900) < 700, (900, 900)),
