@@ -111,7 +111,7 @@ class _Lowering:
         captured = [self._captured(operands[i], own[i]) for i in kept]
         captured += [self._captured(args.tables[i], (0, 1) if per_head[i] else (1,)) for i in tables]
         sizes = self._sizes(operands[i] for i in kept)
-        key = (rule, output, tuple(kept.items()), tuple(per_head.items()))
+        key = (rule, output, tuple(kept.items()), tuple(per_head.items()), len(sizes))
         if key not in self.made:
             name = f"flex_{output}_{len(self.made)}"
             self.program.gm.add_submodule(name, rule_graph(self.program.gm, rule, output, kept, per_head, len(sizes)))

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from sp_compile.kernels.plan import Region, mask_rows, plan_regions, with_valid
-from sp_compile.score_rule import FUNCTIONS, needed
+from sp_compile.score_rule import FUNCTIONS, call, needed
 
 BLOCK = 128  # queries and keys of a block, torch's default
 OUTPUTS = {"mask": ("mask",), "score": ("score", "bias")}
@@ -116,7 +116,7 @@ def rule_graph(
         else:
             values[each.name] = _call(graph, each.function, inputs)
     if output == "mask":
-        result = values["mask"] if "mask" in values else _call(graph, "ge", [place[2], 0])
+        result = _call(graph, "bool", [values["mask"] if "mask" in values else _call(graph, "ge", [place[2], 0])])
     else:
         result = values["score"]
         if "bias" in values:
@@ -129,6 +129,8 @@ _METHODS = {"bool": torch.bool, "int": torch.int64, "float": torch.float32}
 
 
 def _call(graph: fx.Graph, function: str, inputs: list[Any]) -> Any:
+    if not any(isinstance(each, fx.Node) for each in inputs):
+        return call(function, [torch.tensor(each) for each in inputs], torch.device("cpu")).item()
     if function == "copy":
         return inputs[0]
     if function in _METHODS:
