@@ -126,6 +126,7 @@ def report() -> Report:
         tokens_per_rank=[4, 4],
         attention_area_per_rank=[11, 10],
         collectives=[gather],
+        isolation="",
         fallbacks=[],
         steps=[step],
     )

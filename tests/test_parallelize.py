@@ -98,7 +98,7 @@ def compare_outputs() -> dict[str, Any]:
         if name == "hidden states":
             errors += [error(a, b) for a, b in zip(values["hidden_states"], references["hidden_states"], strict=True)]
         found[name] = {"error": max(errors), "bytes": parallel.report().bytes_sent}
-    ids = {"input_ids": batch["input_ids"]}
+    ids = {"input_ids": batch["input_ids"].clone()}  # one request: not what pack made
     with torch.no_grad():
         caches = [each(**ids, use_cache=True).past_key_values for each in (model, parallel)]
     pairs = zip(caches[0].layers, caches[1].layers, strict=True)
