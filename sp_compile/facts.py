@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from sp_compile import ops
 from sp_compile.masks import follows_from_inputs, slice_of
 from sp_compile.program import Program, op_name, source_line
 from sp_compile.raising.lift_ops import constant
@@ -62,7 +63,8 @@ def read_facts(program: Program, device: torch.device | None = None) -> Facts:
     of_masks = follows_from_inputs(program)
     found: dict[tuple[fx.Node, bool], Fact] = {}
     for node in program.graph.nodes:
-        if node.op != "call_function" or node in free:
+        # which rows are returned (logits_to_keep) is up to the caller, who counts in the packed row
+        if node.op != "call_function" or node in free or node.target is ops.select_rows:
             continue
         numbers = rows_read(node, program.tokens)
         for each in node.all_input_nodes:
