@@ -47,8 +47,8 @@ JUSTIFIED = {
     ),
     "jetmoe": ("aten.sum aten.sort aten.index", "its experts run on slices whose sizes are read on the host"),
     "prophetnet": (
-        "aten.softmax aten.cat aten.slice",
-        "n-gram streams: scores and values meet in einsums over streams",
+        "aten.softmax aten.gather aten.cat aten.split aten.slice",
+        "n-gram streams: their tokens are concatenated with the row's own and split again",
     ),
     "xlnet": (
         "aten.softmax aten.slice aten.reshape aten.index_select",
