@@ -78,12 +78,12 @@ class _Lowering:
         args = ops.AttentionArgs(*node.args)
         score, mask = (self._function(args, output) for output in ("score", "mask"))
         options = {**OPTIONS, "OUTPUT_LOGSUMEXP": _part(node, 1) is not None}
-        # code for CPUs takes queries and keys for tensors of four dims in memory, which views of a product are not
+        # code for CPUs takes its inputs for tensors of four dims in memory, which views of a product or a gather are not
         whole = args.q.meta["val"].device.type == "cpu"
-        q, k = (self._captured(each, (0, 1, 2, 3)) if whole else each for each in (args.q, args.k))
+        q, k, v = (self._captured(each, (0, 1, 2, 3)) if whole else each for each in (args.q, args.k, args.v))
         flex = self.graph.call_function(
             torch.ops.higher_order.flex_attention,
-            (q, k, args.v, score[0], self._blocks(args, mask[0]), args.scale, options, score[1], mask[1]),
+            (q, k, v, score[0], self._blocks(args, mask[0]), args.scale, options, score[1], mask[1]),
         )
         out, lse = (self.graph.call_function(getitem, (flex, i)) for i in range(2))
         lse = self.graph.call_function(aten.mul.Tensor, (lse, math.log(2)))  # of base 2

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch._inductor import compile_fx
 from torch.nn import functional as F
 
 import sp_compile
@@ -121,20 +120,13 @@ def test_one_compilation_serves_all_lengths(ranks, kernel: str):
         assert len(lengths) > 15
 
 
-def test_code_that_inductor_compiles_has_no_queries_by_keys(monkeypatch: pytest.MonkeyPatch):
-    graphs: list[torch.fx.GraphModule] = []
-    inner = compile_fx.compile_fx_inner
-
-    def recorded(gm: torch.fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
-        graphs.append(gm)
-        return inner(gm, *args, **kwargs)
-
-    monkeypatch.setattr(compile_fx, "compile_fx_inner", recorded)
-    with torch._inductor.config.patch(force_disable_caches=True):
+def test_code_that_inductor_compiles_has_no_queries_by_keys():
+    graphs: list[torch.fx.Graph] = []
+    with torch._inductor.config.patch(force_disable_caches=True, post_grad_custom_post_pass=graphs.append):
         sp_compile.parallelize(llama(), sp=1)(**sp_compile.pack([[3] * 40, [4] * 30]))
     assert graphs
-    for gm in graphs:
-        values = [node.meta["val"] for node in gm.graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)]
+    for graph in graphs:
+        values = [node.meta["val"] for node in graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)]
         assert len(values) > 20
         for value in values:
             symbols = [size for size in value.shape if isinstance(size, torch.SymInt) and size.node.expr.free_symbols]
