@@ -197,6 +197,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here")
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
+    torch._dynamo.config.recompile_limit = 64  # one for each mask and length
     device = torch.device(chosen.device)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     results: dict[str, Any] = {"machine": machine(), "versions": versions(), "rounds": chosen.rounds,
