@@ -78,7 +78,7 @@ class _Lowering:
         args = ops.AttentionArgs(*node.args)
         score, mask = (self._function(args, output) for output in ("score", "mask"))
         options = {**OPTIONS, "OUTPUT_LOGSUMEXP": _part(node, 1) is not None}
-        # code for CPUs takes its inputs for tensors of four dims in memory, which views of a product or a gather are not
+        # code for CPUs takes its inputs for tensors of four dims in memory, which views of products or gathers are not
         whole = args.q.meta["val"].device.type == "cpu"
         q, k, v = (self._captured(each, (0, 1, 2, 3)) if whole else each for each in (args.q, args.k, args.v))
         flex = self.graph.call_function(
