@@ -77,7 +77,7 @@ class _Lowering:
         """Replace one attention node; new nodes go in front of it."""
         args = ops.AttentionArgs(*node.args)
         score, mask = (self._function(args, output) for output in ("score", "mask"))
-        options = {**OPTIONS, "OUTPUT_LOGSUMEXP": _part(node, 1) is not None}
+        options = {**OPTIONS, "OUTPUT_LOGSUMEXP": ops.attention_part(node, 1) is not None}
         # code for CPUs takes its inputs for tensors of four dims in memory, which views of products or gathers are not
         whole = args.q.meta["val"].device.type == "cpu"
         q, k, v = (self._captured(each, (0, 1, 2, 3)) if whole else each for each in (args.q, args.k, args.v))
@@ -88,10 +88,11 @@ class _Lowering:
         out, lse = (self.graph.call_function(getitem, (flex, i)) for i in range(2))
         lse = self.graph.call_function(aten.mul.Tensor, (lse, math.log(2)))  # of base 2
         if args.empty_mean:
-            masked = args.operands, args.tables, args.rule, args.valid
-            out = self.graph.call_function(torch.ops.sp_compile.fill_empty.default, (out, args.v, *masked))
+            assert args.plan is not None
+            seen = self._once(torch.ops.sp_compile.seen_rows.default, *args.plan.args)  # planned from the same
+            out = self.graph.call_function(torch.ops.sp_compile.fill_empty.default, (out, args.v, seen, args.valid))
         for i, value in enumerate((out, lse)):
-            part = _part(node, i)
+            part = ops.attention_part(node, i)
             if part is not None:
                 part.replace_all_uses_with(value)
 
@@ -162,12 +163,6 @@ class _Lowering:
         if key not in self.made:
             self.made[key] = self.graph.call_function(target, args)
         return self.made[key]
-
-
-def _part(node: fx.Node, i: int) -> fx.Node | None:
-    """The output or the log-sum-exp of an attention, where it is used."""
-    parts = [user for user in node.users if user.args[1] == i]
-    return parts[0] if parts and parts[0].users else None
 
 
 def _symbols(size: Any) -> Iterable[Any]:

@@ -81,13 +81,12 @@ class PlanAttention(Pass):
 def _need(program: Program, node: fx.Node) -> Need:
     args = ops.AttentionArgs(*node.args)
     q, v = (each.meta["val"] for each in (args.q, args.v))
-    uses_lse = any(user.args[1] == 1 and user.users for user in node.users)
     return Need(
         device=q.device.type,
         dtype=q.dtype,
         head_dim=int(q.shape[-1]),
         value_dim=int(v.shape[-1]),
-        lse=uses_lse,
+        lse=ops.attention_part(node, 1) is not None,
         empty_mean=args.empty_mean,
         mask_per_head=any(map(_per_head, args.operands)) or any(shape_of(each)[0] != 1 for each in args.tables),
         changes_scores=assigns(args.rule, "score") or assigns(args.rule, "bias"),

@@ -1,7 +1,7 @@
 """The nodes that passes add to a graph, all executable in the global view.
 
-``attention`` and ``tile_plan`` stay to the end and run as they are; the others are placeholders of the global view that
-``lower_redistributes`` replaces by index selections and functional collectives.
+The custom ops, attention and what plans it, stay to the end and run as they are; the plain functions are placeholders
+of the global view that ``lower_redistributes`` replaces by index selections and functional collectives.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from torch import fx
 
 from sp_compile import kernels
 from sp_compile.kernels import flex
-from sp_compile.kernels.plan import as_tensor, mask_rows, plan_regions, seen_rows
+from sp_compile.kernels import plan as plans
+from sp_compile.kernels.dense import accumulated
 
 
 def redistribute(value: torch.Tensor) -> torch.Tensor:
@@ -49,6 +50,12 @@ class AttentionArgs(NamedTuple):
     valid: fx.Node | None = None
 
 
+def attention_part(node: fx.Node, i: int) -> fx.Node | None:
+    """The output (0) or the log-sum-exp (1) of an attention node, where it is used."""
+    parts = [user for user in node.users if user.args[1] == i]
+    return parts[0] if parts and parts[0].users else None
+
+
 def attention_nodes(graph: fx.Graph) -> list[fx.Node]:
     """The canonical attention nodes of a graph, in order."""
     return list(graph.find_nodes(op="call_function", target=torch.ops.sp_compile.attention.default))
@@ -67,7 +74,7 @@ def tile_plan(
 
     ``q_rows`` and ``k_rows`` are numbers of the rows that are queries and keys; only how many there are is used.
     """
-    return as_tensor(plan_regions(operands, tables, rule, valid, q_rows.numel(), k_rows.numel()))
+    return plans.as_tensor(plans.plan_regions(operands, tables, rule, valid, q_rows.numel(), k_rows.numel()))
 
 
 @tile_plan.register_fake
@@ -98,7 +105,7 @@ def _(
     k_rows: torch.Tensor,
 ) -> torch.Tensor:
     queries, keys = (flex.blocks(each.shape[0]) for each in (q_rows, k_rows))
-    return torch.empty(mask_rows(rule, operands) or 1, queries, 2, 1 + keys, dtype=torch.int32)
+    return torch.empty(plans.mask_rows(rule, operands) or 1, queries, 2, 1 + keys, dtype=torch.int32)
 
 
 @torch.library.custom_op("sp_compile::captured", mutates_args=())
@@ -112,18 +119,35 @@ def _(value: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:
     return value.new_empty([value.shape[dim] for dim in dims] or [1])
 
 
-@torch.library.custom_op("sp_compile::fill_empty", mutates_args=())
-def fill_empty(
-    out: torch.Tensor,
-    v: torch.Tensor,
+@torch.library.custom_op("sp_compile::seen_rows", mutates_args=())
+def seen_rows(
     operands: Sequence[torch.Tensor],
     tables: Sequence[torch.Tensor],
     rule: str,
     valid: torch.Tensor | None,
+    q_rows: torch.Tensor,
+    k_rows: torch.Tensor,
 ) -> torch.Tensor:
-    """Queries that see no key by a rule whose mask is that of all heads get the mean of the values."""
-    seen = seen_rows(operands, tables, rule, valid, out.shape[2], v.shape[2])
-    return kernels.with_means(out, ~seen[:, None].to(out.device), v, valid).contiguous()
+    """Which queries see any key; see :func:`sp_compile.kernels.plan.seen_rows` and :func:`tile_plan`."""
+    return plans.seen_rows(operands, tables, rule, valid, q_rows.numel(), k_rows.numel()).to(q_rows.device)
+
+
+@seen_rows.register_fake
+def _(
+    operands: Sequence[torch.Tensor],
+    tables: Sequence[torch.Tensor],
+    rule: str,
+    valid: torch.Tensor | None,
+    q_rows: torch.Tensor,
+    k_rows: torch.Tensor,
+) -> torch.Tensor:
+    return q_rows.new_empty(plans.mask_rows(rule, operands) or 1, q_rows.shape[0], dtype=torch.bool)
+
+
+@torch.library.custom_op("sp_compile::fill_empty", mutates_args=())
+def fill_empty(out: torch.Tensor, v: torch.Tensor, seen: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    """Queries that see no key, by ``seen`` from ``seen_rows``, get the mean of the values."""
+    return kernels.with_means(out, ~seen[:, None], v, valid).contiguous()
 
 
 @fill_empty.register_fake
@@ -170,6 +194,6 @@ def attention(
 
 @attention.register_fake
 def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     batch, heads, queries, _ = q.shape
-    return q.new_empty(batch, heads, queries, v.shape[-1]), q.new_empty(batch, heads, queries, dtype=wide)
+    lse = q.new_empty(batch, heads, queries, dtype=accumulated(q.dtype))
+    return q.new_empty(batch, heads, queries, v.shape[-1]), lse

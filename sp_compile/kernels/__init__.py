@@ -31,7 +31,7 @@ def attend(
     if kernel.startswith("dense"):
         wide = torch.float64 if kernel == "dense_fp64" else None
         out, lse = dense.attend(q, k, v, operands, tables, rule, scale, valid, wide)
-        return out, lse.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
+        return out, lse.to(dense.accumulated(q.dtype))
     regions = plan_regions(operands, tables, rule, valid, q.shape[2], k.shape[2]) if plan is None else as_regions(plan)
     return tiles.attend(q, k, v, operands, tables, rule, scale, regions, valid)
 

@@ -12,6 +12,11 @@ from sp_compile.score_rule import assigns, evaluate
 Partial = tuple[torch.Tensor, torch.Tensor]  # output and log-sum-exp
 
 
+def accumulated(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of log-sum-exps and of outputs before they are rounded."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def dense_partial(
     q_BHQD: torch.Tensor,
     k_BGKD: torch.Tensor,
@@ -29,7 +34,7 @@ def dense_partial(
         operands, tables, rule: give the change of the scores.
         mask, bias: broadcast to the scores, None for none.
     """
-    wide = torch.float64 if q_BHQD.dtype == torch.float64 else torch.float32
+    wide = accumulated(q_BHQD.dtype)
     group = q_BHQD.shape[1] // k_BGKD.shape[1]
     k, v = (each.repeat_interleave(group, dim=1) if group > 1 else each for each in (k_BGKD, v_BGKE))
     score = (q_BHQD.to(wide) @ k.to(wide).transpose(-1, -2)) * scale

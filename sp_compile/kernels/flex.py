@@ -92,7 +92,6 @@ def rule_graph(
             which the rule's bias is added.
         operands: by number, the dims of ``(batch, head, query, key)`` that the captured operand still has.
         tables: by number, whether the captured table has entries of its own for each head.
-
         sizes: how many numbers are captured besides, which are not read.
 
     Captured are the operands, then the tables, then the sizes.

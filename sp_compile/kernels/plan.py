@@ -86,7 +86,7 @@ def plan_regions(
         return list(_Planner(rule, operands, tables, queries, keys, -1).regions())
     found: list[Region] = []
     for row in range(rows):
-        own = [_row_of(each, row) for each in operands]
+        own = [rows_of(each, slice(row, row + 1)) for each in operands]
         found += _Planner(rule, own, tables, queries, keys, row).regions()
     return found
 
@@ -104,22 +104,27 @@ def seen_rows(
     rule, operands = with_valid(rule, [each.cpu() for each in operands], None if valid is None else valid.cpu())
     seen = np.zeros((mask_rows(rule, operands) or 1, queries), dtype=bool)
     for each in regions:
-        rows = slice(each.q_start, each.q_end)
+        row = max(each.row, 0)
+        into = seen[row, each.q_start : each.q_end]
         if each.masked:
-            own = [_row_of(operand, max(each.row, 0)) for operand in operands]
+            own = [rows_of(operand, slice(row, row + 1)) for operand in operands]
             for start in range(each.k_start, each.k_end, STRIP_KEYS):
                 span = start, min(start + STRIP_KEYS, each.k_end)
-                found = elements(rule, own, [x.cpu() for x in tables], (each.q_start, each.q_end), span)
-                seen[max(each.row, 0), rows] |= found.any(axis=1)
+                into |= elements(rule, own, [x.cpu() for x in tables], (each.q_start, each.q_end), span).any(axis=1)
         else:
-            row = np.arange(each.q_end - each.q_start)
-            last = np.minimum(each.k_end - each.k_start - 1, row + each.high)
-            seen[max(each.row, 0), rows] |= np.maximum(0, row + each.low) <= last
+            i = np.arange(len(into))
+            into |= np.maximum(0, i + each.low) <= np.minimum(each.k_end - each.k_start - 1, i + each.high)
     return torch.from_numpy(seen)
 
 
-def _row_of(operand: torch.Tensor, row: int) -> torch.Tensor:
-    return operand[row : row + 1] if operand.dim() == 4 and operand.shape[0] > 1 else operand
+def rows_of(operand: torch.Tensor, rows: slice) -> torch.Tensor:
+    """An operand for some rows of the batch."""
+    return operand[rows] if operand.dim() == 4 and operand.shape[0] > 1 else operand
+
+
+def between(operands: Sequence[torch.Tensor], queries: tuple[int, int], keys: tuple[int, int]) -> list[torch.Tensor]:
+    """The operands' part between these queries and keys."""
+    return [_narrowed(_narrowed(each, -2, *queries), -1, *keys) for each in operands]
 
 
 def with_valid(
@@ -319,8 +324,7 @@ def elements(
     keys: tuple[int, int],
 ) -> np.ndarray:
     """The mask between these queries and keys for one row of the batch, True where some head sees."""
-    cut = [narrowed(narrowed(each, -2, *queries), -1, *keys) for each in operands]
-    mask = evaluate(rule, cut, ("mask",), tables=tables)["mask"].to(torch.bool)
+    mask = evaluate(rule, between(operands, queries, keys), ("mask",), tables=tables)["mask"].to(torch.bool)
     mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape)).any(dim=1)[0]
     return mask.expand(queries[1] - queries[0], keys[1] - keys[0]).numpy()
 
@@ -344,7 +348,7 @@ def _one_sided(inputs: Sequence[Any]) -> bool:
     return len(shape) < 2 or 1 in shape[-2:]
 
 
-def narrowed(tensor: torch.Tensor, dim: int, start: int, end: int) -> torch.Tensor:
+def _narrowed(tensor: torch.Tensor, dim: int, start: int, end: int) -> torch.Tensor:
     """Part of a dim that operands may leave out or have of size 1."""
     if tensor.dim() < -dim or tensor.shape[dim] == 1:
         return tensor

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from sp_compile.kernels.dense import Partial, dense_partial
-from sp_compile.kernels.plan import UNBOUNDED, Region, narrowed
+from sp_compile.kernels.dense import Partial, accumulated, dense_partial
+from sp_compile.kernels.plan import UNBOUNDED, Region, between, rows_of
 from sp_compile.kernels.strips import STRIP, TRIANGLE, Strip, strips
 from sp_compile.score_rule import assigns, evaluate
 
@@ -47,7 +47,7 @@ def attend(
         sees nothing.
     """
     batch, heads, queries, _ = q_BHQD.shape
-    wide = torch.float64 if q_BHQD.dtype == torch.float64 else torch.float32
+    wide = accumulated(q_BHQD.dtype)
     out = q_BHQD.new_empty(batch, queries, heads, v_BGKE.shape[-1], dtype=wide).transpose(1, 2)
     lse = q_BHQD.new_empty(batch, heads, queries, dtype=wide)
     written = np.zeros((batch, queries), dtype=bool)
@@ -55,7 +55,7 @@ def attend(
     for region in regions:
         rows = slice(region.row, region.row + 1) if region.row >= 0 else slice(0, batch)
         parts = q_BHQD[rows], k_BGKD[rows], v_BGKE[rows]
-        call = _Call(*parts, [_rows_of(each, rows) for each in operands], tables, rule, scale, valid)
+        call = _Call(*parts, [rows_of(each, rows) for each in operands], tables, rule, scale, valid)
         for at, part in call.held(region) if region.masked or holding else call.banded(region):
             span = rows, slice(*at)
             seen = written[span]
@@ -83,10 +83,6 @@ def _clear(out: torch.Tensor, lse: torch.Tensor, rows: np.ndarray) -> None:
     for row in np.flatnonzero(rows.any(axis=1)).tolist():
         blind = torch.from_numpy(rows[row]).to(out.device)
         out[row, :, blind], lse[row, :, blind] = 0.0, -torch.inf
-
-
-def _rows_of(operand: torch.Tensor, rows: slice) -> torch.Tensor:
-    return operand[rows] if operand.dim() == 4 and operand.shape[0] > 1 else operand
 
 
 Placed = tuple[tuple[int, int], Partial]  # the queries, and what was computed for them
@@ -139,7 +135,7 @@ class _Call:
         by_products = _by_products(self.rule, self.q)
         for block in _blocks(region):
             rows, keys = slice(block.q_start, block.q_end), slice(block.k_start, block.k_end)
-            cut = [narrowed(narrowed(x, -2, rows.start, rows.stop), -1, keys.start, keys.stop) for x in self.operands]
+            cut = between(self.operands, (rows.start, rows.stop), (keys.start, keys.stop))
             values = evaluate(self.rule, cut, ("mask", "bias"), tables=self.tables)
             mask, bias = None if region.full else values.get("mask"), values.get("bias")
             if self.valid is not None and not region.full:
