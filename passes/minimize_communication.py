@@ -30,6 +30,7 @@ from sp_compile.invariants import GATHERED_ONCE, KEYS_PADDED, RESTORED
 from sp_compile.pipeline import Pass
 from sp_compile.placements import Gathered, Replicate, Shard
 from sp_compile.program import Program, placement
+from sp_compile.symbols import computed
 
 aten = torch.ops.aten
 
@@ -120,14 +121,6 @@ def _rows(graph: fx.Graph, source: fx.Node) -> fx.Node:
 
 
 def _call(graph: fx.Graph, target: Any, args: tuple[Any, ...], placed: Any) -> fx.Node:
-    node = graph.call_function(target, args)
+    node = computed(graph, target, args)
     node.meta["placement"] = placed
-    values = fx.map_arg(args, lambda each: each.meta["val"])
-    fake = next(each.meta["val"].fake_mode for each in node.all_input_nodes if hasattr(each.meta["val"], "fake_mode")) \
-        if any(hasattr(each.meta["val"], "fake_mode") for each in node.all_input_nodes) else None  # fmt: skip
-    if fake is None:
-        node.meta["val"] = target(*values)
-    else:
-        with fake:
-            node.meta["val"] = target(*values)
     return node

@@ -121,22 +121,13 @@ def _batch(program: Program) -> int:
 def _insert(program: Program, found: SdpaAttention | EagerAttention) -> tuple[fx.Node, fx.Node]:
     """Add the attention node; its output and log-sum-exp."""
     k, v, lifter = found.k, found.v, found.lifter
-    node = lifter.insert.before
     unrepeated = _unrepeat(k), _unrepeat(v)
     if shape_of(unrepeated[0])[1] == shape_of(unrepeated[1])[1]:
         k, v = unrepeated
     rule = lifter.finish()
     args = ops.AttentionArgs(found.q, k, v, lifter.operands, lifter.tables, rule, float(found.scale), found.empty_mean)
-    with program.graph.inserting_before(node):
-        raised = program.graph.call_function(torch.ops.sp_compile.attention.default, tuple(args))
-        values = fx.map_arg(args, lambda each: each.meta["val"])
-        with node.meta["anchor"].fake_mode:
-            raised.meta["val"] = torch.ops.sp_compile.attention.default(*values)
-        parts = [program.graph.call_function(getitem, (raised, i)) for i in range(2)]
-    for part, value in zip(parts, raised.meta["val"], strict=True):
-        part.meta["val"] = value
-    for each in (raised, *parts):
-        each.meta["stack_trace"] = node.meta.get("stack_trace")
+    raised = lifter.insert.call(torch.ops.sp_compile.attention.default, *args)
+    parts = [lifter.insert.call(getitem, raised, i) for i in range(2)]
     for missed, reason in lifter.misses:
         program.record(missed, f"mask not lifted, cut to the rank's rows: {reason}")
     return parts[0], parts[1]

@@ -20,7 +20,7 @@ from torch import fx
 
 from sp_compile.program import Program, op_name
 from sp_compile.score_rule import Assignment, format_rule, parse
-from sp_compile.symbols import is_tensor, shape_of
+from sp_compile.symbols import computed, is_tensor, shape_of
 
 INDEX, START = "request_index", "request_start"
 
@@ -121,10 +121,7 @@ def request_input(program: Program, name: str) -> fx.Node:
 def insert(program: Program, before: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
     """A new call in front of ``before``, with its fake value."""
     with program.graph.inserting_before(before):
-        node = program.graph.call_function(target, args, kwargs)
-    values = fx.map_arg((args, kwargs), lambda each: each.meta["val"])
-    with _tokens(program).meta["val"].fake_mode:
-        node.meta["val"] = target(*values[0], **values[1])
+        node = computed(program.graph, target, args, kwargs, _tokens(program).meta["val"].fake_mode)
     node.meta["stack_trace"] = before.meta.get("stack_trace")
     return node
 

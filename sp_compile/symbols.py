@@ -1,13 +1,15 @@
-"""Reading the token length out of symbolic shapes."""
+"""Reading the token length out of symbolic shapes, and computing the values of nodes on fake tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import sympy
 import torch
 from torch import fx
+from torch._guards import detect_fake_mode
 
 
 def expr(size: int | torch.SymInt) -> sympy.Expr:
@@ -66,3 +68,19 @@ def product(sizes: Sequence[sympy.Expr]) -> sympy.Expr:
     for size in sizes:
         result = result * size
     return result
+
+
+def computed(
+    graph: fx.Graph, target: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None, mode: Any = None
+) -> fx.Node:
+    """A new call where the graph inserts, with the value that it has on the fake values of its inputs.
+
+    Args:
+        mode: the fake mode, for calls without a tensor among their inputs.
+    """
+    node = graph.call_function(target, tuple(args), dict(kwargs or {}))
+    own_args, own_kwargs = fx.map_arg((node.args, node.kwargs), lambda each: each.meta["val"])
+    mode = mode or detect_fake_mode((own_args, own_kwargs))
+    with mode or contextlib.nullcontext():
+        node.meta["val"] = target(*own_args, **own_kwargs)
+    return node

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from sp_compile.raising.axes import Atom, Dims, resolved
-from sp_compile.symbols import coefficient, product, shape_of
+from sp_compile.symbols import coefficient, computed, product, shape_of
 
 aten = torch.ops.aten
 
@@ -36,10 +36,7 @@ class Inserter:
             if list(node.args) == list(args) and node.kwargs == kwargs and node < self.before:
                 return node
         with self.graph.inserting_before(self.before):
-            node = self.graph.call_function(target, args, kwargs)
-        values = fx.map_arg((args, kwargs), lambda each: each.meta["val"])
-        with self.before.meta["anchor"].fake_mode:
-            node.meta["val"] = target(*values[0], **values[1])
+            node = computed(self.graph, target, args, kwargs, self.before.meta["anchor"].fake_mode)
         node.meta["stack_trace"] = self.before.meta.get("stack_trace")
         return node
 
