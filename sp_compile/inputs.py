@@ -115,6 +115,19 @@ def forward_options(module: nn.Module, kwargs: Mapping[str, Any], args: Sequence
     return {"use_cache": False, **kwargs} if takes_cache else dict(kwargs)
 
 
+def install_output_hooks(module: nn.Module, kwargs: Mapping[str, Any]) -> None:
+    """Let transformers install the hooks by which it records hidden states or attentions, where they are asked for.
+
+    It does so at the first forward that asks, under a lock that Dynamo cannot trace.
+    """
+    config = getattr(module, "config", None)
+    names = ("output_hidden_states", "output_attentions")
+    if hasattr(config, "model_type") and any(kwargs.get(name, getattr(config, name, False)) for name in names):
+        from transformers.utils.output_capturing import maybe_install_capturing_hooks
+
+        maybe_install_capturing_hooks(module)
+
+
 def without_packed_positions(module: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments without the positions that ``pack`` wrote, where the model's forward can count itself."""
     positions = kwargs.get("position_ids")

@@ -28,6 +28,7 @@ from sp_compile.inputs import (
     check_inputs,
     forward_options,
     from_pack,
+    install_output_hooks,
     mark_token_dims,
     named_tensors,
     request_lengths_of,
@@ -121,6 +122,7 @@ class ParallelModule(nn.Module):
         if self.training:
             raise UnsupportedModelError("training through sp_compile is not supported yet; call model.eval()")
         kwargs = self.options(kwargs, args)
+        install_output_hooks(self.module, kwargs)
         with fingerprint.naming_failed_ranks(self.group):
             named, self.layout = self._agree(args, kwargs)
             return self._apart(args, kwargs, self._prepare(named, self.layout))
@@ -132,6 +134,7 @@ class ParallelModule(nn.Module):
             The errors of :meth:`forward`, but for those about ranks.
         """
         batch = self.options(batch)
+        install_output_hooks(self.module, batch)
         named, self.layout = self._lay_out((), batch)
         self._explained = batch
         try:

@@ -88,8 +88,8 @@ def compare_outputs() -> dict[str, Any]:
         "tuple": {"return_dict": False},
     }.items():
         with torch.no_grad():
-            expected = model(**batch, use_cache=False, **options)
             result = parallel(**batch, use_cache=False, **options)
+            expected = model(**batch, use_cache=False, **options)
         assert type(result) is type(expected)
         values = {"logits": result[0]} if name == "tuple" else dict(result)
         references = {"logits": expected[0]} if name == "tuple" else dict(expected)
