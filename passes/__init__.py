@@ -14,6 +14,7 @@ from sp_compile.passes.propagate_placements import PropagatePlacements
 from sp_compile.passes.raise_attention import RaiseAttention
 from sp_compile.passes.restore_outputs import RestoreOutputs
 from sp_compile.passes.shard_attention import ShardAttention
+from sp_compile.passes.shard_cache import ShardCache
 from sp_compile.passes.shard_tokens import ShardTokens
 
 DEFAULT = (
@@ -23,6 +24,7 @@ DEFAULT = (
     ShardTokens,
     PropagatePlacements,
     ShardAttention,
+    ShardCache,
     PlanAttention,
     RestoreOutputs,
     MinimizeCommunication,

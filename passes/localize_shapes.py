@@ -50,6 +50,10 @@ SHAPE_ARGUMENT = {
 }
 
 
+# the sizes of what else enters beside a cache
+CACHE_SIZES = {"new_rows": "new_tokens", "kept_rows": "kept", "held_index": "slots"}
+
+
 @dataclass(frozen=True)
 class LocalizeShapes(Pass):
     """Local shapes everywhere."""
@@ -110,7 +114,7 @@ class _Shapes:
 
     def _fake(self, node: fx.Node) -> Any:
         name = node.meta.get("index_input")
-        if name is not None:
+        if name is not None and "held" not in node.meta:
             return self._index_input(name)
         value = node.meta["val"]
         if isinstance(value, torch.SymInt):
@@ -119,6 +123,10 @@ class _Shapes:
             return value
         sizes = [self._size(size) for size in value.shape]
         strides = [self._size(stride) for stride in value.stride()]
+        if "held" in node.meta:
+            sizes[2] = self._named("slots")
+            with self.mode:
+                return torch.empty(sizes, dtype=value.dtype, device=value.device)
         with self.mode:
             return torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
 
@@ -145,10 +153,17 @@ class _Shapes:
         with self.mode:
             if name == "rank":
                 return torch.empty((), dtype=torch.int64, device=device)
-            if name == "gathered_valid":
-                return torch.empty(rows * sp, dtype=torch.bool, device=device)
-            size = {"local_index": rows, "gathered_index": rows * sp}.get(name)
-            size = self._tokens() if size is None else size
+            if name.endswith("_valid"):
+                size = rows * sp if name == "gathered_valid" else self._named("slots")
+                return torch.empty(size, dtype=torch.bool, device=device)
+            if name == "held_runs":
+                return torch.empty(self._named("runs"), 4, dtype=torch.int64)
+            if name in ("local_index", "gathered_index"):
+                size = rows if name == "local_index" else rows * sp
+            elif name in CACHE_SIZES or (name == "restore_index" and self.program.cached):
+                size = self._named(CACHE_SIZES.get(name, "new_tokens"))
+            else:
+                size = self._tokens()
             return torch.empty(size, dtype=torch.int64, device=device)
 
     def _tokens(self) -> torch.SymInt:
@@ -162,6 +177,11 @@ class _Shapes:
         if known is not None:
             return known
         return self.symbol("shard_length", max(2, -(-int(self._tokens().node.hint) // self.program.sp)) + 1)
+
+    def _named(self, name: str) -> Any:
+        """A size of a cache or of what is new."""
+        known = self.program.symbols.get(name)
+        return known if known is not None else self.symbol(name, 24)
 
     def _device(self) -> torch.device:
         for node in self.program.graph.find_nodes(op="placeholder"):

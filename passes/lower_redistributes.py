@@ -29,7 +29,7 @@ from torch import fx
 from sp_compile import ops
 from sp_compile.invariants import GATHERED_ONCE, KEYS_PADDED, LOWERED, PLACED, RESTORED, TOKENS_SHARDED
 from sp_compile.pipeline import Pass
-from sp_compile.placements import Gathered, Partial, QueriesByKeys, Replicate, Shard, describe
+from sp_compile.placements import Gathered, Held, Kept, Partial, QueriesByKeys, Replicate, Shard, describe
 from sp_compile.program import Program, placement
 from sp_compile.symbols import shape_of
 
@@ -93,11 +93,25 @@ class _Builder:
         """Rows of all ranks, stacked."""
         dense = self.call(aten.clone.default, rows)
         dense.kwargs = {"memory_format": torch.contiguous_format}
+        if self.program.sp == 1:
+            return dense
         gathered = self.call(c10d.all_gather_into_tensor.default, dense, self.program.sp, self.program.group_name)
         return self.call(c10d.wait_tensor.default, gathered)
 
+    def all_to_all(self, rows: fx.Node) -> fx.Node:
+        """The r-th part of every rank's rows on rank r, stacked."""
+        dense = self.call(aten.clone.default, rows)
+        dense.kwargs = {"memory_format": torch.contiguous_format}
+        if self.program.sp == 1:
+            return dense
+        rank_rows = [self.call(aten.sym_size.int, self.index("local_index"), 0)] * self.program.sp
+        args = (dense, rank_rows, rank_rows, self.program.group_name)
+        return self.call(c10d.wait_tensor.default, self.call(c10d.all_to_all_single.default, *args))
+
     def all_reduce(self, node: fx.Node) -> fx.Node:
         """Sum over ranks."""
+        if self.program.sp == 1:
+            return node
         reduced = self.call(c10d.all_reduce.default, node, "sum", self.program.group_name)
         return self.call(c10d.wait_tensor.default, reduced)
 
@@ -118,6 +132,10 @@ def _redistribute(build: _Builder, node: fx.Node) -> fx.Node:
             return build.call(aten.index_select.default, source, held.dim, build.index("restore_index"))
         case Replicate(), Gathered():
             return build.call(aten.index_select.default, source, wanted.dim, build.index("gathered_index"))
+        case Replicate(), Held():
+            return build.call(aten.index_select.default, source, wanted.dim, build.index("held_index"))
+        case Gathered(), Kept():
+            return build.call(aten.index_select.default, source, wanted.dim, build.index("kept_rows"))
         case Shard(), QueriesByKeys():
             return build.call(aten.index_select.default, source, wanted.keys, build.index("gathered_index"))
         case Shard(order=""), Shard(order=""):
@@ -149,6 +167,8 @@ def _select_rows(build: _Builder, node: fx.Node) -> fx.Node:
     positive = build.call(
         aten.add.Tensor, rows, build.call(aten.mul.Tensor, build.call(aten.lt.Scalar, rows, 0), tokens)
     )
+    if build.program.cached:  # rows are numbered with those of earlier calls
+        positive = build.call(aten.searchsorted.Tensor, build.index("new_rows"), positive)
     padded = build.call(aten.index_select.default, build.index("restore_index"), 0, positive)
     length = build.call(aten.sym_size.int, build.index("local_index"), 0)
     own = build.call(aten.sub.Tensor, padded, build.call(aten.mul.Tensor, build.index("rank"), length))
@@ -162,6 +182,29 @@ def _select_rows(build: _Builder, node: fx.Node) -> fx.Node:
     return build.call(aten.where.ScalarOther, mask, found, 0.0)
 
 
+def _exchange_partials(build: _Builder, node: fx.Node) -> fx.Node:
+    """Outputs and log-sum-exps travel together, with the rows in front; an exponent of fp32 is two numbers of bf16."""
+    out, lse = node.args
+    dtype, wide = out.meta["val"].dtype, lse.meta["val"].dtype
+    width = out.meta["val"].shape[-1]
+    parts = build.call(aten.unsqueeze.default, lse, -1)
+    if dtype != wide:
+        parts = build.call(aten.view.dtype, build.call(aten.contiguous.default, parts), dtype)
+    packed = build.call(aten.cat.default, [out, parts], -1)
+    rows = build.call(aten.permute.default, packed, [2, 0, 1, 3])
+    moved = build.call(aten.unflatten.int, build.all_to_all(rows), 0, [build.program.sp, -1])
+    moved = build.call(aten.permute.default, moved, [0, 2, 3, 1, 4])
+    own = build.call(aten.slice.Tensor, moved, -1, 0, width)
+    sums = build.call(aten.slice.Tensor, moved, -1, width)
+    if dtype != wide:
+        sums = build.call(aten.view.dtype, build.call(aten.contiguous.default, sums), wide)
+    return build.call(_pair, own, build.call(aten.squeeze.dim, sums, -1))
+
+
+def _pair(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return first, second
+
+
 def _row_numbers(build: _Builder, node: fx.Node) -> fx.Node:
     start, count, length = node.args
     rows = build.call(aten.arange.default, count)
@@ -173,5 +216,6 @@ def _row_numbers(build: _Builder, node: fx.Node) -> fx.Node:
 _LOWERINGS: dict[Any, Callable[[_Builder, fx.Node], fx.Node]] = {
     ops.redistribute: _redistribute,
     ops.select_rows: _select_rows,
+    ops.exchange_partials: _exchange_partials,
     ops.row_numbers: _row_numbers,
 }

@@ -28,8 +28,8 @@ from sp_compile.errors import ConfigError, KernelError, nearest
 from sp_compile.invariants import KEYS_PADDED, PLANNED, RAISED
 from sp_compile.kernels.choice import KERNELS, Need, choose
 from sp_compile.pipeline import Pass
-from sp_compile.placements import REPLICATE, RankLocal
-from sp_compile.program import Program, source_line
+from sp_compile.placements import REPLICATE, Held, RankLocal
+from sp_compile.program import Program, placement, source_line
 from sp_compile.score_rule import assigns
 from sp_compile.symbols import shape_of
 
@@ -91,6 +91,7 @@ def _need(program: Program, node: fx.Node) -> Need:
         mask_per_head=any(map(_per_head, args.operands)) or any(shape_of(each)[0] != 1 for each in args.tables),
         changes_scores=assigns(args.rule, "score") or assigns(args.rule, "bias"),
         compiled=program.compiled,
+        mixed_dtypes=v.dtype != q.dtype,
     )
 
 
@@ -100,7 +101,11 @@ def _per_head(operand: fx.Node) -> bool:
 
 
 def _plan(program: Program, node: fx.Node, args: ops.AttentionArgs) -> fx.Node:
-    rows = program.index_input("local_index"), program.index_input("gathered_index")
+    held = placement(args.k) == Held(2)
+    names = ("gathered_index", "held_index") if held else ("local_index", "gathered_index")
+    rows = [program.index_input(name) for name in names]
+    if held and args.kernel == "tiles":
+        rows.append(program.index_input("held_runs"))
     with program.graph.inserting_before(node):
         plan = program.graph.call_function(
             PLANS[args.kernel], (args.operands, args.tables, args.rule, args.valid, *rows)

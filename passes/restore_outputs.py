@@ -22,7 +22,7 @@ from torch import fx
 from sp_compile.errors import UnsupportedModelError
 from sp_compile.invariants import PLACED, RESTORED
 from sp_compile.pipeline import Pass
-from sp_compile.placements import REPLICATE, Placement, Shard
+from sp_compile.placements import REPLICATE, Kept, Placement, Shard
 from sp_compile.program import Program, insert_redistribute, placement
 from sp_compile.symbols import is_tensor, token_dims
 
@@ -51,7 +51,10 @@ class RestoreOutputs(Pass):
         output.args = fx.map_arg(output.args, lambda each: restored.get(each, each))
 
     def _wanted(self, program: Program, node: fx.Node) -> Placement:
-        """Whole if asked, or where the output has no token dim of its own; else the rank's rows."""
+        """Whole if asked, or where the output has no token dim of its own; else the rank's rows. Kept rows stay."""
+        held: Placement = placement(node)
+        if isinstance(held, Kept):
+            return held
         if program.outputs == "full" or not program.parallel:
             return REPLICATE
         dims = token_dims(node, program.tokens)

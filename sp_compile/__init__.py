@@ -1,5 +1,7 @@
 """Sequence parallelism for unmodified models, by compiling them."""
 
+from typing import Any
+
 from sp_compile.api import Verification, explain, parallelize, verify
 from sp_compile.batch import PackedBatch, pack
 from sp_compile.errors import SPCompileError
@@ -10,11 +12,22 @@ from sp_compile.runtime import ParallelModule
 
 __version__ = "0.1.0"
 
+
+def __getattr__(name: str) -> Any:
+    """What needs transformers is imported when it is first used."""
+    if name == "ShardedCache":
+        from sp_compile.cache import ShardedCache
+
+        return ShardedCache
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __all__ = [
     "PackedBatch",
     "ParallelModule",
     "Report",
     "SPCompileError",
+    "ShardedCache",
     "TokenLayout",
     "Verification",
     "explain",

@@ -18,6 +18,7 @@ from sp_compile.program import Program
 from sp_compile.report import Report, make_report
 from sp_compile.requests import request_inputs
 
+Kind = tuple[bool, str, torch.dtype | None]
 ANALYSED = ("normalize", "raise_attention", "isolate_requests", "shard_tokens", "propagate_placements")
 
 
@@ -30,17 +31,43 @@ class Step:
         index_inputs: those of this rank.
         promised: the requests must be kept apart.
         isolated: by the pass ``isolate_requests``, since the model does not.
+        cached: as in :class:`~sp_compile.program.Program`; the layout then is that of the new tokens.
+        rows: tokens of each request, those of earlier calls included; None for the layout's.
+        held: the tensors of the cache on this rank.
     """
 
     layout: TokenLayout
     index_inputs: Mapping[str, torch.Tensor]
     promised: bool
     isolated: bool = False
+    cached: str = ""
+    rows: tuple[int, ...] | None = None
+    held: Sequence[torch.Tensor] = ()
+    cache_dtype: torch.dtype | None = None
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each request in the whole graph's view."""
+        return self.layout.lengths if self.rows is None else self.rows
+
+    @property
+    def kind(self) -> Kind:
+        """What program of a graph the step runs: isolated or not, with a cache and of which dtype."""
+        return self.isolated, self.cached, self.cache_dtype
+
+    def sizes(self) -> dict[str, int]:
+        """True values of the sizes that are symbols."""
+        found = {"tokens": sum(self.lengths), "shard_length": self.layout.shard_length}
+        if self.cached:
+            found |= {"new_tokens": self.layout.tokens, "kept": self.index_inputs["kept_rows"].numel()}
+        if self.held:
+            found |= {"slots": self.held[0].shape[2], "runs": len(self.index_inputs["held_runs"])}
+        return found
 
 
 @dataclass
 class Variant:
-    """A program of the graph, as the model is or with its requests isolated."""
+    """A program of the graph: as the model is, with its requests isolated, with a cache."""
 
     program: Program
     steps: list[PassStep]
@@ -58,10 +85,10 @@ class Analysis:
 
 
 class Compiled:
-    """A captured graph, ready to run: as it is, and with its requests isolated once that is needed.
+    """A captured graph, ready to run: as it is, and with its requests isolated or with a cache once that is needed.
 
     Args:
-        build: makes the program, isolated or not, for code that rests on certain sizes.
+        build: makes the program of a :attr:`Step.kind`, for code that rests on certain sizes.
         agree: makes the program first, in agreement with the other ranks.
         capture: captures the same graph for a number of ranks, to be analysed.
         codegen: ``inductor`` or ``eager``.
@@ -69,15 +96,15 @@ class Compiled:
 
     def __init__(
         self,
-        build: Callable[[bool, Mapping[str, int]], Program],
-        agree: Callable[[bool], tuple[Program, list[PassStep]]],
+        build: Callable[[Kind, Mapping[str, int]], Program],
+        agree: Callable[[Kind], tuple[Program, list[PassStep]]],
         capture: Callable[[int], Program],
         codegen: str,
     ) -> None:
         self._build, self._agree, self._capture, self._codegen = build, agree, capture, codegen
         self._inputs: Sequence[Any] = ()
         self._original: Mapping[str, Any] = {}
-        self._variants: dict[bool, Variant] = {}
+        self._variants: dict[Kind, Variant] = {}
         self._analyses: dict[bool, Analysis] = {}
 
     @property
@@ -95,7 +122,7 @@ class Compiled:
         Raises:
             RequestsMixedError: they are not.
         """
-        lengths = step.layout.lengths
+        lengths = step.lengths
         if not step.promised or len(lengths) == 1:
             return
         analysis = self._analysis(step.isolated)
@@ -104,31 +131,34 @@ class Compiled:
             if analysis.isolation.lasting:
                 analysis.apart.add(lengths)
 
-    def variant(self, isolated: bool) -> Variant:
+    def variant(self, kind: Kind) -> Variant:
         """The program, made at the first call."""
-        if isolated not in self._variants:
-            program, steps = self._agree(isolated)
-            local = LocalProgram(program, lambda sizes: self._build(isolated, sizes), self._codegen)
+        if kind not in self._variants:
+            program, steps = self._agree(kind)
+            local = LocalProgram(program, lambda sizes: self._build(kind, sizes), self._codegen)
             placeholders = program.graph.find_nodes(op="placeholder")
             names = [node.meta["index_input"] for node in placeholders if "index_input" in node.meta]
-            self._variants[isolated] = Variant(program, steps, local, names)
-        return self._variants[isolated]
+            self._variants[kind] = Variant(program, steps, local, names)
+        return self._variants[kind]
 
-    def run(self, inputs: Sequence[Any], step: Step) -> Any:
-        """Run the local graph on the model's inputs and the step's."""
-        variant = self.variant(step.isolated)
-        index_inputs = dict(step.index_inputs)
+    def run(self, inputs: Sequence[Any], step: Step) -> tuple[list[Any], list[torch.Tensor]]:
+        """Run the local graph: the model's outputs, and the keys and values to keep."""
+        variant = self.variant(step.kind)
+        index_inputs = dict(step.index_inputs) | {f"held_{i}": each for i, each in enumerate(step.held)}
         if step.isolated:
-            index_inputs |= request_inputs(step.layout.lengths, index_inputs["rank"].device)
-        sizes = {"tokens": step.layout.tokens, "shard_length": step.layout.shard_length}
-        return variant.local([*inputs, *(index_inputs[name] for name in variant.index_names)], sizes)
+            index_inputs |= request_inputs(step.lengths, index_inputs["rank"].device)
+        found = variant.local([*inputs, *(index_inputs[name] for name in variant.index_names)], step.sizes())
+        ours = len(found) - variant.program.kept
+        return list(found[:ours]), list(found[ours:])
 
     def report(self, step: Step) -> Report:
         """What the last call ran."""
-        variant, analysis = self.variant(step.isolated), self._analysis(step.isolated)
-        inputs = {**self._named(analysis), **request_inputs(step.layout.lengths)}
-        rows = attention_rows(analysis.isolation.masks, inputs, step.layout.tokens)
-        return make_report(variant.program, variant.steps, step.layout, rows)
+        variant, analysis = self.variant(step.kind), self._analysis(step.isolated)
+        inputs = {**self._named(analysis), **request_inputs(step.lengths)}
+        rows = attention_rows(analysis.isolation.masks, inputs, sum(step.lengths))
+        if step.cached:
+            rows = rows[step.index_inputs["new_rows"].cpu().numpy()]
+        return make_report(variant.program, variant.steps, step.layout, rows, step.sizes())
 
     def _named(self, analysis: Analysis) -> dict[str, Any]:
         named = dict(zip(analysis.names, self._inputs, strict=True))

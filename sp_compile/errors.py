@@ -33,6 +33,14 @@ class RequestsMixedError(SPCompileError, ValueError):
         self.curable = curable
 
 
+class CacheError(SPCompileError, ValueError):
+    """A cache that does not fit the model, the ranks or the call, or a model that cannot run with one."""
+
+
+class CacheFullError(CacheError):
+    """More tokens than a cache of fixed size holds; nothing was written."""
+
+
 class MeshError(SPCompileError, ValueError):
     """Ranks, process groups and ``sp`` that do not fit together."""
 

@@ -138,6 +138,32 @@ def without_packed_positions(module: nn.Module, kwargs: Mapping[str, Any]) -> di
     return {name: each for name, each in kwargs.items() if name != "position_ids"}
 
 
+def with_spare_row(kwargs: Mapping[str, Any], tokens: str, past: int) -> dict[str, Any]:
+    """The arguments for a forward over all tokens, of which ``past`` are earlier ones, and over two rows at least.
+
+    A size of 1 would be compiled in; the second row is never computed, and nothing sees it.
+    """
+    found = dict(kwargs)
+    keep = found.get("logits_to_keep")
+    if isinstance(keep, torch.Tensor):
+        found["logits_to_keep"] = torch.where(keep < 0, keep, keep + past)
+    if length_of(found[tokens]) == 1:
+        for name, each in kwargs.items():
+            if isinstance(each, torch.Tensor) and each.dim() > 1 and each.shape[1] == 1:
+                found[name] = torch.cat([each, each.new_zeros(each.shape)], dim=1)
+        if not isinstance(keep, torch.Tensor):
+            found.pop("logits_to_keep", None)
+    return found
+
+
+def with_cache(result: Any, cache: Any) -> Any:
+    """A model's outputs with the cache in the place where transformers puts it."""
+    if isinstance(result, tuple):
+        return (*result[:1], cache, *result[1:])
+    result["past_key_values"] = cache
+    return result
+
+
 def requests_alone(module: nn.Module, kwargs: Mapping[str, Any], lengths: Sequence[int]) -> Iterator[dict[str, Any]]:
     """The arguments with which the model runs each request of a packed row alone."""
     kwargs = without_packed_positions(module, forward_options(module, kwargs))

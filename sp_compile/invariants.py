@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from sp_compile import ops
-from sp_compile.placements import REPLICATE, Gathered, Placement, Replicate, Shard, describe
+from sp_compile.placements import REPLICATE, Gathered, Held, Kept, Placement, Replicate, Shard, describe
 from sp_compile.program import Program, op_name, placement, uncut_tokens
 from sp_compile.requests import keeps_apart
 from sp_compile.rules import Call, NoRule, apply
@@ -107,9 +107,11 @@ def _by_the_rules(program: Program) -> None:
                 raise Violation(node, f"input %{each.name} as {describe(needed)}", describe(inputs[each]))
 
 
-_TAKES_GATHERED = tuple(
-    each.default
-    for each in (torch.ops.sp_compile.attention, torch.ops.sp_compile.tile_plan, torch.ops.sp_compile.block_mask)
+_TAKES_GATHERED = (
+    torch.ops.sp_compile.attention.default,
+    torch.ops.sp_compile.tile_plan.default,
+    torch.ops.sp_compile.block_mask.default,
+    ops.exchange_partials,
 )
 
 
@@ -140,8 +142,24 @@ def _keys_in_padded_order(program: Program) -> None:
         return
     for node in ops.attention_nodes(program.graph):
         for key in node.args[1:3]:
-            if placement(key) != Gathered(2):
+            if placement(key) not in (Gathered(2), Held(2)):
                 raise Violation(node, f"%{key.name} as Gathered(2)", describe(placement(key)))
+
+
+def _cache_seen(program: Program) -> None:
+    """Every attention over new keys is followed by one over those that are held, and its keys and values are kept."""
+    if not program.cached:
+        return
+    if program.tokens is None:
+        raise Violation(None, "a symbolic token length, so that tokens are spread", "a fixed one")
+    for node in ops.attention_nodes(program.graph) if program.cached == "more" else ():
+        part = ops.attention_part(node, 0)
+        merged = part is not None and any(user.target is ops.merge_partials for user in part.users)
+        if placement(node.args[1]) != Held(2) and not merged:
+            raise Violation(node, "a merge with attention over held keys", "none")
+    kept = [node for node in program.graph.output_node().all_input_nodes if placement(node) == Kept(2)]
+    if len(kept) != program.kept or not kept:
+        raise Violation(None, f"{program.kept} outputs to keep, and some", str(len(kept)))
 
 
 def _planned(program: Program) -> None:
@@ -163,7 +181,7 @@ def _outputs_restored(program: Program) -> None:
     if program.outputs != "full":
         return
     for node in program.graph.output_node().all_input_nodes:
-        if is_tensor(node) and placement(node) != REPLICATE:
+        if is_tensor(node) and placement(node) not in (REPLICATE, Kept(2)):
             raise Violation(node, "outputs in normal order on every rank", describe(placement(node)))
 
 
@@ -179,7 +197,7 @@ def _gathered_once(program: Program) -> None:
 
 def _lowered(program: Program) -> None:
     for node in program.graph.nodes:
-        if node.target in (ops.redistribute, ops.select_rows, ops.row_numbers):
+        if node.target in (ops.redistribute, ops.select_rows, ops.row_numbers, ops.exchange_partials):
             raise Violation(node, "index selections and functional collectives only", op_name(node))
 
 
@@ -201,6 +219,7 @@ APART = Invariant("requests_apart", _apart)
 TOKENS_SHARDED = Invariant("tokens_sharded", _tokens_sharded)
 PLACED = Invariant("placed", _placed)
 KEYS_PADDED = Invariant("keys_in_padded_order", _keys_in_padded_order)
+CACHE_SEEN = Invariant("cache_seen", _cache_seen)
 PLANNED = Invariant("attention_planned", _planned)
 KERNELS_LOWERED = Invariant("kernels_lowered", _kernels_lowered)
 RESTORED = Invariant("outputs_restored", _outputs_restored)

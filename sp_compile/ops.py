@@ -34,6 +34,40 @@ def row_numbers(start: int, count: int, length: int, device: torch.device) -> to
     return torch.where(rows < 0, rows + length, rows) if not isinstance(start, int) or start < 0 else rows
 
 
+def exchange_partials(out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over what each rank holds goes to the ranks of the queries.
+
+    Args:
+        out: ``[batch, heads, queries, value_dim]`` of everyone's queries over the rank's own keys.
+        lse: their log-sum-exp ``[batch, heads, queries]``.
+
+    Returns:
+        Both with the ranks that they come from in front, for the rank's own queries.
+    """
+    return out.unsqueeze(0), lse.unsqueeze(0)
+
+
+def merge_partials(
+    out: torch.Tensor, lse: torch.Tensor, parts_out: torch.Tensor, parts_lse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Join partial softmaxes over disjoint keys, in any order (online softmax, arXiv:1805.02867).
+
+    Args:
+        out, lse: ``[batch, heads, queries, value_dim]`` and ``[batch, heads, queries]``.
+        parts_out, parts_lse: the same with a dim of parts in front.
+
+    Returns:
+        As ``out`` and ``lse``; 0 and -inf for a query that sees nothing in any part.
+    """
+    lses = torch.cat([lse.unsqueeze(0), parts_lse])
+    largest = lses.amax(dim=0)
+    weights = torch.exp(lses - torch.where(largest == -torch.inf, 0.0, largest))
+    total = weights.sum(dim=0)
+    shares = (weights / torch.where(total == 0, 1.0, total)).unsqueeze(-1)
+    merged = shares[0] * out + (shares[1:] * parts_out).sum(dim=0)
+    return merged.to(out.dtype), largest + torch.log(total)
+
+
 class AttentionArgs(NamedTuple):
     """The arguments of an ``attention`` node: ``AttentionArgs(*node.args)``; see :func:`attention`."""
 
@@ -69,11 +103,15 @@ def tile_plan(
     valid: torch.Tensor | None,
     q_rows: torch.Tensor,
     k_rows: torch.Tensor,
+    runs: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Regions of the scores to compute, int64 ``[regions, 8]``; see :func:`sp_compile.kernels.plan.plan_regions`.
 
     ``q_rows`` and ``k_rows`` are numbers of the rows that are queries and keys; only how many there are is used.
+    ``runs`` are ranges outside of which no query sees a key, int64 ``[runs, 4]``.
     """
+    if runs is not None:
+        return plans.as_tensor(plans.plan_within(runs.tolist(), operands, tables, rule, valid))
     return plans.as_tensor(plans.plan_regions(operands, tables, rule, valid, q_rows.numel(), k_rows.numel()))
 
 

@@ -53,6 +53,26 @@ class Gathered:
 
 
 @dataclass(frozen=True)
+class Held:
+    """What the rank holds of a cache along ``dim``, slot by slot; for a value of the batch's rows, those rows of it."""
+
+    dim: int
+
+    def __str__(self) -> str:
+        return f"Held({self.dim})"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The new rows along ``dim`` that the rank adds to what it holds of a cache."""
+
+    dim: int
+
+    def __str__(self) -> str:
+        return f"Kept({self.dim})"
+
+
+@dataclass(frozen=True)
 class QueriesByKeys:
     """A mask that could not be lifted: the rank's rows along ``queries``, padded SP order along ``keys``."""
 
@@ -77,7 +97,7 @@ class RankLocal:
         return f"RankLocal(by {self.source})"
 
 
-Placement = Replicate | Shard | Gathered | QueriesByKeys | RankLocal | Partial
+Placement = Replicate | Shard | Gathered | Held | Kept | QueriesByKeys | RankLocal | Partial
 REPLICATE = Replicate()
 
 

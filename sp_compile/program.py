@@ -16,7 +16,8 @@ from sp_compile.symbols import is_float, is_tensor, length_input, tensors_of, to
 
 LETTERS = {"tokens": "T", "shard_length": "n"}
 INDEX_INPUTS = ("local_index", "gathered_index", "gathered_valid", "restore_index", "rank", "request_index",
-                "request_start")  # fmt: skip
+                "request_start", "new_rows", "kept_rows", "held_index", "held_valid", "held_runs")  # fmt: skip
+HELD = re.compile(r"held_\d+")  # the tensors of a cache
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,9 @@ class Program:
         token_inputs: placeholders whose rows are cut to the rank's, with their token dim.
         outputs: ``full`` or ``sharded``.
         isolated: made for packed batches that the model itself would mix.
+        cached: keys and values are kept for later calls (``first``), and those of earlier calls seen too (``more``).
+        cache_dtype: of kept keys and values; None for the model's own.
+        kept: how many of the outputs, at the end, are keys and values to keep.
         isolation: what was done to keep their requests apart.
         compiled: whether code is generated for the graph, or it runs as it is.
         fallbacks: what was computed on gathered inputs.
@@ -60,6 +64,9 @@ class Program:
     token_inputs: dict[str, int]
     outputs: str = "full"
     isolated: bool = False
+    cached: str = ""
+    cache_dtype: torch.dtype | None = None
+    kept: int = 0
     isolation: str = ""
     compiled: bool = True
     fallbacks: list[Fallback] = field(default_factory=list)
@@ -75,7 +82,7 @@ class Program:
     @property
     def parallel(self) -> bool:
         """Whether anything is sharded at all."""
-        return self.sp > 1 and self.tokens is not None
+        return (self.sp > 1 or bool(self.cached)) and self.tokens is not None
 
     def length_input(self) -> fx.Node | None:
         """The placeholder that is the global token length."""
@@ -95,8 +102,8 @@ class Program:
         self.fallbacks.append(same)
 
     def index_input(self, name: str) -> fx.Node:
-        """The placeholder of one of :data:`INDEX_INPUTS`, added at the end of the inputs on first use."""
-        assert name in INDEX_INPUTS, name
+        """The placeholder of one of :data:`INDEX_INPUTS` or of a cache's tensor, added at its first use."""
+        assert name in INDEX_INPUTS or HELD.fullmatch(name), name
         last = None
         for node in self.graph.nodes:
             if node.op != "placeholder":

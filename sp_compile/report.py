@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ class Collective:
     """One collective of the local graph.
 
     ``bytes_sent`` are the bytes that one rank sends: ``(sp - 1)`` times its part for an all-gather (ring or direct),
-    ``2 (sp - 1) / sp`` times the tensor for an all-reduce.
+    ``2 (sp - 1) / sp`` times the tensor for an all-reduce, half of that for an all-to-all.
     """
 
     name: str
@@ -84,8 +84,10 @@ def attention_area(layout: TokenLayout, rows: np.ndarray) -> list[int]:
     return [int(each) for each in area.sum(dim=1)]
 
 
-def make_report(program: Program, steps: Sequence[PassStep], layout: TokenLayout, rows: np.ndarray) -> Report:
-    """Collect a report for one layout, whose tokens see ``rows`` keys each, over all layers."""
+def make_report(
+    program: Program, steps: Sequence[PassStep], layout: TokenLayout, rows: np.ndarray, sizes: Mapping[str, int]
+) -> Report:
+    """Collect a report for one layout, whose tokens see ``rows`` keys each, over all layers; ``sizes`` of symbols."""
     return Report(
         sp=program.sp,
         scheme=layout.scheme,
@@ -93,21 +95,23 @@ def make_report(program: Program, steps: Sequence[PassStep], layout: TokenLayout
         shard_length=layout.shard_length,
         tokens_per_rank=list(layout.tokens_per_rank),
         attention_area_per_rank=attention_area(layout, rows),
-        collectives=list(_collectives(program, layout)),
+        collectives=list(_collectives(program, sizes)),
         isolation=program.isolation,
         fallbacks=list(program.fallbacks),
         steps=list(steps),
     )
 
 
-def _collectives(program: Program, layout: TokenLayout) -> list[Collective]:
-    values = {size.node.expr: {"tokens": layout.tokens, "shard_length": layout.shard_length}.get(name)
-              for name, size in program.symbols.items()}  # fmt: skip
+def _collectives(program: Program, sizes: Mapping[str, int]) -> list[Collective]:
+    values = {size.node.expr: sizes.get(name) for name, size in program.symbols.items()}
     found = []
     for node in program.graph.nodes:
         if node.target is c10d.all_gather_into_tensor.default:
             part = _numel(node.args[0], values)
             found.append(_collective(node, "all_gather", (program.sp - 1) * part, values))
+        elif node.target is c10d.all_to_all_single.default:
+            part = _numel(node.args[0], values)
+            found.append(_collective(node, "all_to_all", (program.sp - 1) * part // program.sp, values))
         elif node.target is c10d.all_reduce.default:
             part = _numel(node.args[0], values)
             found.append(_collective(node, "all_reduce", 2 * (program.sp - 1) * part // program.sp, values))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import lru_cache, wraps
 from typing import Any
@@ -14,10 +16,11 @@ from torch import fx, nn
 
 from sp_compile import fingerprint
 from sp_compile.capture import capture, keep_sources
-from sp_compile.compiled import Compiled, Step
+from sp_compile.compiled import Compiled, Kind, Step
 from sp_compile.config import CompileConfig
 from sp_compile.errors import (
     BatchError,
+    CacheError,
     CaptureError,
     FallbackError,
     RequestsMixedError,
@@ -29,10 +32,13 @@ from sp_compile.inputs import (
     forward_options,
     from_pack,
     install_output_hooks,
+    length_of,
     mark_token_dims,
     named_tensors,
     request_lengths_of,
     token_input,
+    with_cache,
+    with_spare_row,
     without_packed_positions,
 )
 from sp_compile.layout import TokenLayout, token_layout
@@ -88,6 +94,7 @@ class ParallelModule(nn.Module):
         self._mixing: set[Any] = set()
         self._step: Step | None = None
         self._explained: Mapping[str, Any] | None = None
+        self._kept: list[torch.Tensor] = []
         self.training = module.training
         # not as a submodule, which would list all parameters twice
         self.__dict__["_run"] = torch.compile(module, backend=self._backend, fullgraph=True)
@@ -97,10 +104,6 @@ class ParallelModule(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "generate":
-                raise AttributeError(
-                    "generate() is not parallelized yet; call model.module.generate() to run it unsharded"
-                ) from None
             return getattr(super().__getattr__("module"), name)
 
     @property
@@ -121,11 +124,66 @@ class ParallelModule(nn.Module):
         """
         if self.training:
             raise UnsupportedModelError("training through sp_compile is not supported yet; call model.eval()")
+        if kwargs.get("past_key_values") is not None:
+            return self._forward_with_cache(args, kwargs)
         kwargs = self.options(kwargs, args)
         install_output_hooks(self.module, kwargs)
         with fingerprint.naming_failed_ranks(self.group):
             named, self.layout = self._agree(args, kwargs)
             return self._apart(args, kwargs, self._prepare(named, self.layout))
+
+    def _forward_with_cache(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """A forward over the tokens of all calls, of which only the new rows are computed."""
+        from sp_compile.cache import ROW, ShardedCache
+
+        cache = kwargs["past_key_values"]
+        if not isinstance(cache, ShardedCache):
+            raise CacheError(
+                f"past_key_values is a {type(cache).__name__}, whole on every rank; pass sp_compile.ShardedCache(model)"
+            )
+        try:
+            with fingerprint.naming_failed_ranks(self.group):
+                with self._agreement() as fields:
+                    cache.check(self)
+                    named = named_tensors(self.module, self._signature, args, kwargs)
+                    unmasked = {name: each for name, each in named.items() if name != "attention_mask"}
+                    check_inputs(unmasked, self._device(named))
+                    name, tokens = token_input(named)
+                    past, new = cache.get_seq_length(), length_of(tokens)
+                    whole = cache.whole_rows(named, name)
+                    others = {key: each for key, each in kwargs.items() if key not in (*named, "past_key_values")}
+                    fields.update(fingerprint.of_inputs(named, (past, new), others))
+                    step = cache.begin([ROW], [new], [0], self.compile_config.scheme)
+                self.layout = step.layout
+                options = with_spare_row({**others, **named, **whole, "use_cache": False}, name, past)
+                result = self._run_step((), options, replace(step, rows=(length_of(options[name]),)))
+                cache.commit(self._kept)
+                cache.remember(whole)
+        except BaseException:
+            cache.rollback()
+            raise
+        return with_cache(result, cache)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' ``generate`` of the model, over the ranks, with a cache that stays spread over them.
+
+        Takes and returns what the model's own ``generate`` does: greedy and sampled decoding, beams, streamers. Ranks
+        that sample need the same seed. Pass a :class:`~sp_compile.cache.ShardedCache` as ``past_key_values`` to choose
+        its size and dtype, or to go on from it.
+
+        Raises:
+            AttributeError: the model has no ``generate``.
+            RankMismatchError: ranks went on with different tokens.
+        """
+        if not hasattr(self.module, "generate"):
+            raise AttributeError(f"{type(self.module).__name__} has no generate()")
+        if kwargs.get("use_cache", True) and kwargs.get("past_key_values") is None:
+            from sp_compile.cache import ShardedCache
+
+            kwargs["past_key_values"] = ShardedCache(self)
+        model: Any = copy.copy(self.module)  # as it is, but for what a call runs
+        model.__dict__["forward"] = self.forward
+        return model.generate(*args, **kwargs)
 
     def explain(self, batch: Mapping[str, Any]) -> Report:
         """Capture the forward of this batch and run the pipeline on it, but nothing else.
@@ -166,26 +224,37 @@ class ParallelModule(nn.Module):
         return compiled.report(step)
 
     def build(
-        self, gm: fx.GraphModule, isolated: bool = False, trace: bool = False, hints: Mapping[str, int] | None = None
+        self,
+        gm: fx.GraphModule,
+        isolated: bool = False,
+        cached: str = "",
+        cache_dtype: torch.dtype | None = None,
+        trace: bool = False,
+        hints: Mapping[str, int] | None = None,
     ) -> tuple[Program, list[PassStep]]:
         """Capture Dynamo's graph into a program and run the pipeline on it."""
+        if cached and all(each.name != "shard_cache" for each in self.pipeline):
+            raise CacheError("the pipeline has no shard_cache; add it behind shard_attention to run with a cache")
         program = capture(gm, self.group.size, self.group.name, self.compile_config.outputs)
-        program.isolated, program.hints = isolated, hints or {}
+        program.isolated, program.cached, program.hints = isolated, cached, hints or {}
+        program.cache_dtype = cache_dtype
         program.compiled = self.compile_config.codegen == "inductor"
         steps = run_pipeline(program, self.pipeline, self.compile_config.verify_passes, trace)
         return program, steps
 
     def _agree(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], TokenLayout]:
         """Lay the batch out; ranks that cannot, or have another batch, are named on all."""
-        if not self.compile_config.check_inputs:
-            return self._lay_out(args, kwargs)
-        with fingerprint.agreement(self.group) as fields:
+        with self._agreement() as fields:
             named, layout = self._lay_out(args, kwargs)
             if self.group.size > 1:
                 others = {name: each for name, each in kwargs.items() if not isinstance(each, torch.Tensor)}
                 fields.update(fingerprint.of_inputs(named, layout.lengths, others))
                 fields["whether pack made the batch"] = str(from_pack(named.values()))
         return named, layout
+
+    def _agreement(self) -> AbstractContextManager[dict[str, str]]:
+        """An agreement of the ranks on their inputs, unless the configuration does without."""
+        return fingerprint.agreement(self.group) if self.compile_config.check_inputs else nullcontext({})
 
     def _lay_out(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], TokenLayout]:
         named = named_tensors(self.module, self._signature, args, kwargs)
@@ -233,12 +302,11 @@ class ParallelModule(nn.Module):
             device = self._device(tensors)
             kwargs = {**kwargs, **{name: each.to(device) for name, each in tensors.items()}}
         try:
-            return self._call(args, kwargs, step.layout)
+            return self._call(args, kwargs, sum(step.lengths))
         finally:
             self._step = None
 
-    def _call(self, args: Sequence[Any], kwargs: Mapping[str, Any], layout: TokenLayout) -> Any:
-        length = layout.tokens
+    def _call(self, args: Sequence[Any], kwargs: Mapping[str, Any], length: int) -> Any:
         key = (tuple(sorted(kwargs)), len(args))
         dynamic = length > 1 and key not in self._static
         try:
@@ -267,15 +335,15 @@ class ParallelModule(nn.Module):
     def _backend(self, gm: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
         keep_sources(gm)
 
-        def agree(isolated: bool) -> tuple[Program, list[PassStep]]:
+        def agree(kind: Kind) -> tuple[Program, list[PassStep]]:
             with fingerprint.agreement(self.group) as fields:
-                program, steps = self.build(gm, isolated, trace=self._explained is not None)
+                program, steps = self.build(gm, *kind, trace=self._explained is not None)
                 self._refuse_fallbacks(program)
                 fields.update(fingerprint.of_graph(program))
             return program, steps
 
         compiled = Compiled(
-            build=lambda isolated, sizes: self.build(gm, isolated, hints=sizes)[0],
+            build=lambda kind, sizes: self.build(gm, *kind, hints=sizes)[0],
             agree=agree,
             capture=lambda sp: capture(gm, sp, "analysed", "full"),
             codegen=self.compile_config.codegen,
@@ -290,7 +358,8 @@ class ParallelModule(nn.Module):
             if self._explained is not None:
                 raise _Explained(compiled, step)
             self._last = compiled, step
-            return compiled.run(inputs, step)
+            values, self._kept = compiled.run(inputs, step)
+            return values
 
         return run
 

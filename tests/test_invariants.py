@@ -94,6 +94,10 @@ def keys_in_normal_order(program: Program) -> None:
     call(program, "sp_compile.attention").args[1].meta["placement"] = REPLICATE
 
 
+def claim_a_cache(program: Program) -> None:
+    program.cached = "more"
+
+
 def drop_plan(program: Program) -> None:
     node = call(program, "sp_compile.attention")
     node.args = tuple(AttentionArgs(*node.args)._replace(plan=None))
@@ -183,6 +187,9 @@ BROKEN = {
     "keys in normal order": Broken(
         invariants.KEYS_PADDED, "shard_attention", attention, keys_in_normal_order,
         r"%attention_default \(sp_compile.attention\): expected %redistribute_\d as Gathered\(2\), found Replicate"),
+    "attention that does not see the cache": Broken(
+        invariants.CACHE_SEEN, "shard_cache", attention, claim_a_cache,
+        r"%attention_default \(sp_compile.attention\): expected a merge with attention over held keys, found none"),
     "attention without a plan": Broken(
         invariants.PLANNED, "plan_attention", attention, drop_plan,
         r"%attention_default \(sp_compile.attention\): expected a plan, found none"),

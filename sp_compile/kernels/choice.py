@@ -30,6 +30,7 @@ class Need:
         mask_per_head: heads have masks of their own.
         changes_scores: the rule changes scores or adds a bias.
         compiled: code is generated for the graph.
+        mixed_dtypes: keys and values are not of the queries' dtype.
     """
 
     device: str
@@ -41,6 +42,7 @@ class Need:
     mask_per_head: bool = False
     changes_scores: bool = False
     compiled: bool = True
+    mixed_dtypes: bool = False
 
 
 def _serves_all(need: Need) -> str | None:
@@ -53,6 +55,8 @@ def _flex(need: Need) -> str | None:
         return f"it does not run on {need.device}"
     if need.dtype not in FLEX_DTYPES:
         return f"it does not take {need.dtype}"
+    if need.mixed_dtypes:
+        return "it takes queries, keys and values of one dtype"
     if need.empty_mean and need.mask_per_head:
         return "it does not tell for each head which queries see no key, which get the mean of the values in this model"
     if need.device == "cuda":

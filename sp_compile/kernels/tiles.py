@@ -186,7 +186,8 @@ def band_mask(rows: int, keys: int, low: int, high: int, dtype: torch.dtype) -> 
 
 
 def flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float) -> Partial:
-    """torch's flash kernel, for value heads of another size than the keys' too."""
+    """torch's flash kernel, for value heads of another size than the keys' and keys and values of another dtype too."""
+    k, v = k.to(q.dtype), v.to(q.dtype)
     width, largest = v.shape[-1], max(q.shape[-1], v.shape[-1])
     if q.shape[-1] != width:
         q, k, v = (F.pad(each, (0, largest - each.shape[-1])) for each in (q, k, v))

@@ -82,6 +82,8 @@ RULES: dict[str, Rule] = _table(
         # attention
         attention.attention: "sp_compile::attention",
         attention.plan: "sp_compile::tile_plan sp_compile::block_mask",
+        attention.exchange: "exchange_partials",
+        attention.merge: "merge_partials",
         attention.sdpa: "aten::scaled_dot_product_attention",
     }
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from sp_compile import ops
-from sp_compile.placements import REPLICATE, Gathered, Placement, QueriesByKeys, RankLocal, Shard
+from sp_compile.placements import REPLICATE, Gathered, Held, Placement, QueriesByKeys, RankLocal, Shard
 from sp_compile.rules.base import Call, NoRule, Outcome, rank_of
 from sp_compile.symbols import shape_of
 
@@ -13,6 +13,8 @@ from sp_compile.symbols import shape_of
 def attention(call: Call) -> Outcome:
     """Queries sharded along their token dim; keys, values and what masks them whole, in one order for all."""
     q, k, v, operands, *_ = ops.AttentionArgs(*call.node.args)
+    if call.placed.get(k) == Held(2):
+        return _over_held_keys(call)
     padded = call.placed.get(k) == Gathered(2)
     keys: Placement = Gathered(2) if padded else REPLICATE
     needs: dict[fx.Node, Placement] = {k: keys, v: keys, q: Shard(2)}
@@ -26,6 +28,31 @@ def attention(call: Call) -> Outcome:
         else:
             needs[operand] = Shard(rank - 2) if per_query else REPLICATE
     return Outcome((Shard(2), Shard(2)), needs)
+
+
+def _over_held_keys(call: Call) -> Outcome:
+    """Everyone's queries over the keys that the rank holds."""
+    q, k, v, operands, *_ = ops.AttentionArgs(*call.node.args)
+    needs: dict[fx.Node, Placement] = {k: Held(2), v: Held(2), q: Gathered(2)}
+    for operand in operands:
+        assert isinstance(operand, fx.Node)
+        rank, sizes = rank_of(operand), shape_of(operand)
+        if rank >= 1 and sizes[-1] == shape_of(k)[2]:
+            needs[operand] = Held(rank - 1)
+        else:
+            needs[operand] = Gathered(rank - 2) if rank >= 2 and sizes[-2] == shape_of(q)[2] else REPLICATE
+    return Outcome((Gathered(2), Gathered(2)), needs)
+
+
+def exchange(call: Call) -> Outcome:
+    """Partial outputs of everyone's queries, to the ranks of the queries."""
+    return Outcome((Shard(3), Shard(3)), dict.fromkeys(call.tensors, Gathered(2)))
+
+
+def merge(call: Call) -> Outcome:
+    """Each rank merges what belongs to its own queries."""
+    out, lse, *parts = call.tensors
+    return Outcome((Shard(2), Shard(2)), {out: Shard(2), lse: Shard(2), **dict.fromkeys(parts, Shard(3))})
 
 
 def plan(call: Call) -> Outcome:

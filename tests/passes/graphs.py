@@ -80,6 +80,7 @@ def after(
     options: Mapping[str, Mapping[str, Any]] | None = None,
     functional: bool = True,
     isolated: bool = False,
+    cached: str = "",
     **config: Any,
 ) -> Program:
     """The program after the pass ``last`` of the default pipeline, or as captured for None.
@@ -89,6 +90,7 @@ def after(
         inputs: keyword arguments; by default a packed row of embeddings.
         options: of passes, by their names.
         isolated: as for a packed batch that the model itself would mix.
+        cached: as with a cache: ``first`` or ``more``.
         functional: False captures as models are that cannot be made functional, with composite ops as written.
     """
     names = list(registered_passes())
@@ -99,7 +101,7 @@ def after(
     build = parallel.build
 
     def captured(gm: fx.GraphModule, *_: Any, **__: Any) -> Any:
-        raise _Captured(build(gm, isolated)[0])
+        raise _Captured(build(gm, isolated, cached)[0])
 
     parallel.build = captured  # type: ignore[method-assign]
     torch._dynamo.reset()

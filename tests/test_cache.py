@@ -1,0 +1,199 @@
+"""Forwards that go on from a cache, and ``generate``: the same as the unsharded model's, on any number of ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import sp_compile
+from sp_compile.errors import BatchError, CacheError, CacheFullError, RankMismatchError
+from tests.models import llama
+from tests.zoo.models import build, tokens
+
+pytest.importorskip("transformers")
+
+# grouped heads, windows shorter than the prompt, local and global layers, learned positions, sinks, MLA, experts
+MODELS = ["llama", "qwen3", "mistral", "gemma3_text", "gpt2", "gpt_oss", "deepseek_v3", "mixtral"]
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    assert found.shape == expected.shape
+    return ((found.double() - expected.double()).abs().max() / expected.double().abs().max()).item()
+
+
+def in_chunks(name: str, codegen: str, chunks: list[list[int]], padded: bool = False) -> list[float]:
+    """The largest error of the logits of prefills in these chunks, against one forward of the unsharded model."""
+    model = build(name)
+    parallel = sp_compile.parallelize(model, codegen=codegen)
+    length = sum(chunks[0])
+    ids, mask = tokens(2, length), torch.ones(2, length, dtype=torch.int64)
+    mask[0, : 5 if padded else 0] = 0
+    found = []
+    with torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        for sizes in chunks:
+            cache, at, errors = sp_compile.ShardedCache(parallel, page_size=4), 0, []
+            for size in sizes:
+                end = at + size
+                out = parallel(input_ids=ids[:, at:end], attention_mask=mask[:, :end], past_key_values=cache)
+                assert out.past_key_values is cache
+                rows = mask[:, at:end].bool()
+                if rows.any():
+                    errors.append(error(out.logits[rows], expected[:, at:end][rows]))
+                at = end
+            assert cache.get_seq_length() == length
+            found.append(max(errors))
+    return found
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_prefill_in_chunks_gives_the_logits_of_one_in_a_piece(ranks, name: str):
+    chunks = [[41], [1] * 3 + [7, 13, 1, 1, 16], [20, 20, 1]]
+    for found in ranks(2).run(in_chunks, name, "eager", chunks, padded=True):
+        assert max(found) <= 1e-5, found
+
+
+@pytest.mark.parametrize("sp", [3, 4])
+def test_more_ranks_than_new_tokens(ranks, sp: int):
+    for found in ranks(sp).run(in_chunks, "llama", "eager", [[1] * 12, [2, 1, 9]]):
+        assert max(found) <= 1e-5, found
+
+
+def test_one_rank():
+    assert max(in_chunks("llama", "eager", [[1] * 12, [3, 9]])) <= 1e-5
+
+
+def generated(name: str, codegen: str) -> dict[str, bool]:
+    model = build(name)
+    parallel = sp_compile.parallelize(model, codegen=codegen)
+    ids, mask = tokens(3, 9), torch.ones(3, 9, dtype=torch.int64)
+    mask[0, :4], mask[2, :1] = 0, 0
+    options = {"attention_mask": mask, "max_new_tokens": 12, "pad_token_id": 0, "eos_token_id": 2}
+    found = {}
+    for kind, more in {
+        "greedy": {"do_sample": False},
+        "sampled": {"do_sample": True, "temperature": 0.8, "top_k": 20},
+        "beams": {"num_beams": 3, "do_sample": False},
+        "prefill in chunks": {"prefill_chunk_size": 4, "do_sample": False},
+    }.items():
+        results = []
+        for each in (model, parallel):
+            torch.manual_seed(5)
+            results.append(each.generate(ids, **options, **more))
+        found[kind] = torch.equal(*results)
+    return found
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
+def test_generate_gives_the_tokens_of_the_unsharded_model(ranks, name: str):
+    for found in ranks(2).run(generated, name, "eager"):
+        assert all(found.values()), found
+
+
+def counted() -> tuple[int, int, float]:
+    model = llama()
+    parallel = sp_compile.parallelize(model)
+    ids, cache, worst = tokens(1, 60), sp_compile.ShardedCache(parallel, page_size=8), 0.0
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits
+        parallel(input_ids=ids[:, :20], past_key_values=cache)
+        first = parallel.compiles
+        for at in range(20, 40):
+            out = parallel(input_ids=ids[:, at : at + 1], past_key_values=cache).logits
+            worst = max(worst, error(out, expected[:, at : at + 1]))
+        out = parallel(input_ids=ids[:, 40:], past_key_values=cache).logits
+    return parallel.compiles - first, cache.nbytes, max(worst, error(out, expected[:, 40:]))
+
+
+def test_one_compilation_serves_decode_and_extension_while_the_cache_grows(ranks):
+    for compiles, held, worst in ranks(2).run(counted):
+        assert compiles == 1
+        assert held == 2 * 2 * 2 * 8 * 32 * 4  # layers, K and V, kv heads, head dim, slots: a half of 60, in pages of 8
+        assert worst <= 1e-5
+
+
+def of_lower_precision() -> list[float]:
+    model, found = llama(), []
+    parallel = sp_compile.parallelize(model, codegen="eager")
+    ids = tokens(1, 30)
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits
+        for dtype in (torch.bfloat16, torch.float8_e4m3fn):
+            cache = sp_compile.ShardedCache(parallel, dtype=dtype)
+            parallel(input_ids=ids[:, :20], past_key_values=cache)
+            assert {each.dtype for each in cache.tensors} == {dtype}
+            out = parallel(input_ids=ids[:, 20:], past_key_values=cache).logits
+            found.append(error(out, expected[:, 20:]))
+    return found
+
+
+def test_a_cache_may_have_another_dtype_than_the_model(ranks):
+    for half, eighth in ranks(2).run(of_lower_precision):
+        assert 1e-6 < half < 2e-2
+        assert half < eighth < 0.3
+
+
+def refused() -> dict[str, str]:
+    model = llama()
+    parallel, other = (sp_compile.parallelize(each, codegen="eager") for each in (model, llama()))
+    ids, found = tokens(2, 12), {}
+
+    def note(name: str, kind: type[Exception], **inputs: Any) -> None:
+        with torch.no_grad(), pytest.raises(kind) as caught:
+            (other if name == "model" else parallel)(**inputs)
+        found[name] = str(caught.value)
+
+    cache = sp_compile.ShardedCache(parallel, max_tokens=8, page_size=2)
+    with torch.no_grad():
+        before = parallel(input_ids=ids[:, :5], past_key_values=cache).logits
+    note("room", CacheFullError, input_ids=ids[:, 5:], past_key_values=cache)
+    note("rows", BatchError, input_ids=ids[:1, 5:6], past_key_values=cache)
+    note("mask", BatchError, input_ids=ids[:, 5:6], attention_mask=torch.ones(2, 5), past_key_values=cache)
+    note("positions", BatchError, input_ids=ids[:, 5:6], position_ids=torch.tensor([[5]]), past_key_values=cache)
+    note("model", CacheError, input_ids=ids[:, 5:6], past_key_values=cache)
+    own = ids + parallel.group.rank
+    note("ranks", RankMismatchError, input_ids=own[:, 5:6], past_key_values=cache)
+    with torch.no_grad():
+        expected = model(input_ids=ids[:, :7], use_cache=False).logits
+        assert error(parallel(input_ids=ids[:, 5:7], past_key_values=cache).logits, expected[:, 5:]) <= 1e-5
+    assert error(before, expected[:, :5]) <= 1e-5
+    cache.tensors[0].zero_()
+    note("edited", CacheError, input_ids=ids[:, 5:6], past_key_values=cache)
+    return found
+
+
+def test_what_does_not_fit_is_refused_and_the_cache_stays_as_it_was(ranks):
+    for found in ranks(2).run(refused):
+        assert "it was made for 8 tokens" in found["room"]
+        assert "has 1 rows, the cache 2" in found["rows"]
+        assert "pass [2, 6]" in found["mask"]
+        assert "was not passed in earlier calls" in found["positions"]
+        assert "made for another model" in found["model"]
+        assert "the values of input_ids" in found["ranks"]
+        assert "changed since the last forward" in found["edited"]
+
+
+def cropped_and_reset() -> list[float]:
+    model = llama()
+    parallel = sp_compile.parallelize(model, codegen="eager")
+    ids, cache = tokens(2, 20), sp_compile.ShardedCache(parallel, page_size=2)
+    found = []
+    with torch.no_grad():
+        parallel(input_ids=ids.flip(1), past_key_values=cache)
+        cache.reset()
+        parallel(input_ids=torch.cat([ids[:, :9], ids[:, :8]], dim=1), past_key_values=cache)
+        cache.crop(-8)
+        out = parallel(input_ids=ids[:, 9:12], past_key_values=cache).logits
+        expected = model(input_ids=ids, use_cache=False).logits
+        found.append(error(out, expected[:, 9:12]))
+        cache.reorder_cache(torch.tensor([1, 1]))
+        out = parallel(input_ids=ids[[1, 1], 12:], past_key_values=cache).logits
+        found.append(error(out, expected[[1, 1], 12:]))
+    return found
+
+
+def test_a_cache_is_cropped_reordered_and_reset(ranks):
+    for found in ranks(3).run(cropped_and_reset):
+        assert max(found) <= 1e-5
