@@ -52,6 +52,7 @@ SHAPE_ARGUMENT = {
 
 # the sizes of what else enters beside a cache
 CACHE_SIZES = {"new_rows": "new_tokens", "kept_rows": "kept", "held_index": "slots"}
+EXAMPLE = 24
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,9 @@ class _Shapes:
             interpreter.run(*inputs)
 
     def symbol(self, name: str, hint: int) -> Any:
-        """A size that compiled code may not depend on."""
+        """A size that compiled code may not depend on, one of each name."""
+        if name in self.program.symbols:
+            return self.program.symbols[name]
         source, hint = size_source(name), self.program.hints.get(name, hint)
         symbol = self.shape_env.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
         self.program.symbols[name] = made = self.shape_env.create_symintnode(symbol, hint=hint, source=source)
@@ -124,7 +127,7 @@ class _Shapes:
         sizes = [self._size(size) for size in value.shape]
         strides = [self._size(stride) for stride in value.stride()]
         if "held" in node.meta:
-            sizes[2] = self._named("slots")
+            sizes[2] = self.symbol("slots", EXAMPLE)
             with self.mode:
                 return torch.empty(sizes, dtype=value.dtype, device=value.device)
         with self.mode:
@@ -154,14 +157,14 @@ class _Shapes:
             if name == "rank":
                 return torch.empty((), dtype=torch.int64, device=device)
             if name.endswith("_valid"):
-                size = rows * sp if name == "gathered_valid" else self._named("slots")
+                size = rows * sp if name == "gathered_valid" else self.symbol("slots", EXAMPLE)
                 return torch.empty(size, dtype=torch.bool, device=device)
             if name == "held_runs":
-                return torch.empty(self._named("runs"), 4, dtype=torch.int64)
+                return torch.empty(self.symbol("runs", EXAMPLE), 4, dtype=torch.int64)
             if name in ("local_index", "gathered_index"):
                 size = rows if name == "local_index" else rows * sp
             elif name in CACHE_SIZES or (name == "restore_index" and self.program.cached):
-                size = self._named(CACHE_SIZES.get(name, "new_tokens"))
+                size = self.symbol(CACHE_SIZES.get(name, "new_tokens"), EXAMPLE)
             else:
                 size = self._tokens()
             return torch.empty(size, dtype=torch.int64, device=device)
@@ -173,15 +176,7 @@ class _Shapes:
         return self.lengths[self.program.tokens]
 
     def _shard_length(self) -> Any:
-        known = self.program.symbols.get("shard_length")
-        if known is not None:
-            return known
         return self.symbol("shard_length", max(2, -(-int(self._tokens().node.hint) // self.program.sp)) + 1)
-
-    def _named(self, name: str) -> Any:
-        """A size of a cache or of what is new."""
-        known = self.program.symbols.get(name)
-        return known if known is not None else self.symbol(name, 24)
 
     def _device(self) -> torch.device:
         for node in self.program.graph.find_nodes(op="placeholder"):

@@ -89,10 +89,14 @@ class _Builder:
             node = self.call(aten.flatten.using_ints, node, shard.dim, shard.dim + 2)
         return node
 
-    def all_gather(self, rows: fx.Node) -> fx.Node:
-        """Rows of all ranks, stacked."""
+    def _dense(self, rows: fx.Node) -> fx.Node:
         dense = self.call(aten.clone.default, rows)
         dense.kwargs = {"memory_format": torch.contiguous_format}
+        return dense
+
+    def all_gather(self, rows: fx.Node) -> fx.Node:
+        """Rows of all ranks, stacked."""
+        dense = self._dense(rows)
         if self.program.sp == 1:
             return dense
         gathered = self.call(c10d.all_gather_into_tensor.default, dense, self.program.sp, self.program.group_name)
@@ -100,8 +104,7 @@ class _Builder:
 
     def all_to_all(self, rows: fx.Node) -> fx.Node:
         """The r-th part of every rank's rows on rank r, stacked."""
-        dense = self.call(aten.clone.default, rows)
-        dense.kwargs = {"memory_format": torch.contiguous_format}
+        dense = self._dense(rows)
         if self.program.sp == 1:
             return dense
         rank_rows = [self.call(aten.sym_size.int, self.index("local_index"), 0)] * self.program.sp

@@ -29,7 +29,7 @@ from sp_compile.errors import ConfigError, nearest
 from sp_compile.invariants import KEYS_PADDED, PLACED, RAISED
 from sp_compile.pipeline import Pass
 from sp_compile.placements import Gathered, Placement, QueriesByKeys, Shard
-from sp_compile.program import Program, insert_redistribute, placement
+from sp_compile.program import Program, moved, placement
 from sp_compile.symbols import shape_of
 
 STRATEGIES = ("allgather_kv",)
@@ -64,9 +64,9 @@ class ShardAttention(Pass):
                     return each
                 both = isinstance(placement(each), Shard)
                 target = QueriesByKeys(rank - 2, rank - 1) if both else Gathered(rank - 1)
-                return _moved(program, each, target, node, made)
+                return moved(program, each, target, node, made)
 
-            k, v = (_moved(program, _unmoved(each), Gathered(2), node, made) for each in (args.k, args.v))
+            k, v = (moved(program, _unmoved(each), Gathered(2), node, made) for each in (args.k, args.v))
             operands = [ordered(each) for each in args.operands]
             node.args = tuple(args._replace(k=k, v=v, operands=operands, valid=program.index_input("gathered_valid")))
         program.remove_dead_code()
@@ -75,11 +75,3 @@ class ShardAttention(Pass):
 def _unmoved(node: fx.Node) -> fx.Node:
     source = node.args[0] if node.target is ops.redistribute else None
     return source if isinstance(source, fx.Node) and isinstance(placement(source), Shard) else node
-
-
-def _moved(
-    program: Program, node: fx.Node, target: Placement, user: fx.Node, made: dict[tuple[fx.Node, Placement], fx.Node]
-) -> fx.Node:
-    if (node, target) not in made:
-        made[node, target] = insert_redistribute(program, node, target, user)
-    return made[node, target]

@@ -43,7 +43,7 @@ from sp_compile.placements import (
     Shard,
     describe,
 )
-from sp_compile.program import Program, insert_redistribute, op_name, placement, source_line
+from sp_compile.program import Program, moved, op_name, placement, source_line
 from sp_compile.symbols import computed, is_float, is_tensor
 
 
@@ -134,11 +134,7 @@ class _Cache:
         )
 
     def _moved(self, node: fx.Node, target: Placement, before: fx.Node) -> fx.Node:
-        if placement(node) == target:
-            return node
-        if (node, target) not in self.made:
-            self.made[node, target] = insert_redistribute(self.program, node, target, before)
-        return self.made[node, target]
+        return moved(self.program, node, target, before, self.made)
 
     def _part(self, node: fx.Node, i: int, before: fx.Node, placed: Placement) -> fx.Node:
         return self._call(before, getitem, (node, i), node, placed)
@@ -160,11 +156,12 @@ def _source(node: fx.Node) -> fx.Node:
 def _refuse_other_mixers(program: Program) -> None:
     """Only attention may bring tokens together: of earlier tokens nothing but keys and values is left."""
     output = program.graph.output_node()
-    mixers = [node for node in program.graph.nodes if "fallback" in node.meta and is_float(node)]
-    for node in mixers:
+    mixer = next((node for node in program.graph.nodes if "fallback" in node.meta and is_float(node)), None)
+    if mixer is not None:
         raise CacheError(
-            f"{op_name(node)} at {source_line(node) or 'no source line'} is computed on the tokens of the whole row "
-            f"({node.meta['fallback']}), and nothing is kept of earlier tokens but keys and values; run without a cache"
+            f"{op_name(mixer)} at {source_line(mixer) or 'no source line'} is computed on the tokens of the whole row "
+            f"({mixer.meta['fallback']}), and nothing is kept of earlier tokens but keys and values; "
+            "run without a cache"
         )
     for node in program.graph.find_nodes(op="call_function", target=ops.redistribute):
         gathers = isinstance(placement(node.args[0]), Shard) and isinstance(placement(node), (Replicate, Shard))

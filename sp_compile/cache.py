@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers.cache_utils import Cache
 
-from sp_compile.compiled import Step
+from sp_compile.compiled import Step, index_inputs
 from sp_compile.errors import BatchError, CacheError
 from sp_compile.layout import TokenLayout, token_layout
 from sp_compile.ledger import Ledger, Places
@@ -188,25 +188,17 @@ class ShardedCache(Cache):
         self._pending = _Pending(
             requests, starts, torch.from_numpy(places.slot)[own].to(device), new_rows[own].to(device)
         )
-        gathered = layout.local_index.reshape(-1)
-        index_inputs = {
-            "local_index": new_rows[layout.local_index[self.rank]],
-            "gathered_index": new_rows[gathered],
-            "gathered_valid": layout.valid.reshape(-1),
-            "restore_index": layout.restore_index,
-            "new_rows": new_rows,
-            "kept_rows": _at_least_two(layout.restore_index[own]),
-            "rank": torch.tensor(self.rank),
-        }
-        index_inputs = {name: each.to(device) for name, each in index_inputs.items()}
+        indices = index_inputs(layout, self.rank, new_rows)
+        indices |= {"new_rows": new_rows, "kept_rows": _at_least_two(layout.restore_index[own])}
+        indices = {name: each.to(device) for name, each in indices.items()}
         if not any(starts):
-            return Step(layout, index_inputs, False, cached="first")
-        index_inputs |= {
+            return Step(layout, indices, False, cached="first")
+        indices |= {
             "held_index": self.held_index,
             "held_valid": self.held_valid,
             "held_runs": torch.from_numpy(_crossed(layout, places, runs)),
         }
-        return Step(layout, index_inputs, False, cached="more", held=tuple(self.tensors), cache_dtype=self.dtype)
+        return Step(layout, indices, False, cached="more", held=tuple(self.tensors), cache_dtype=self.dtype)
 
     def commit(self, kept: Sequence[torch.Tensor]) -> None:
         """Store the keys and values of the forward that :meth:`begin` began."""
@@ -329,3 +321,16 @@ def _crossed(layout: TokenLayout, places: Places, runs: np.ndarray) -> np.ndarra
     keys = np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts) + np.repeat(low, counts)
     crossed = np.concatenate([queries[which], runs[keys, 1:]], axis=1)
     return np.concatenate([crossed, np.zeros((max(0, 2 - len(crossed)), 4), dtype=np.int64)])
+
+
+def sharded(cache: Any) -> ShardedCache:
+    """What was passed as ``past_key_values``, which must be one of ours.
+
+    Raises:
+        CacheError: another cache.
+    """
+    if not isinstance(cache, ShardedCache):
+        raise CacheError(
+            f"past_key_values is a {type(cache).__name__}, whole on every rank; pass sp_compile.ShardedCache(model)"
+        )
+    return cache

@@ -65,6 +65,22 @@ class Step:
         return found
 
 
+def index_inputs(layout: TokenLayout, rank: int, rows: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    """The index inputs of a rank, on the host.
+
+    Args:
+        rows: int64 ``[tokens]``, numbers of the layout's tokens in the whole graph's row, where that has more.
+    """
+    local, gathered = layout.local_index[rank], layout.local_index.reshape(-1)
+    return {
+        "local_index": local if rows is None else rows[local],
+        "gathered_index": gathered if rows is None else rows[gathered],
+        "gathered_valid": layout.valid.reshape(-1),
+        "restore_index": layout.restore_index,
+        "rank": torch.tensor(rank),
+    }
+
+
 @dataclass
 class Variant:
     """A program of the graph: as the model is, with its requests isolated, with a cache."""
@@ -144,10 +160,10 @@ class Compiled:
     def run(self, inputs: Sequence[Any], step: Step) -> tuple[list[Any], list[torch.Tensor]]:
         """Run the local graph: the model's outputs, and the keys and values to keep."""
         variant = self.variant(step.kind)
-        index_inputs = dict(step.index_inputs) | {f"held_{i}": each for i, each in enumerate(step.held)}
+        indices = dict(step.index_inputs) | {f"held_{i}": each for i, each in enumerate(step.held)}
         if step.isolated:
-            index_inputs |= request_inputs(step.lengths, index_inputs["rank"].device)
-        found = variant.local([*inputs, *(index_inputs[name] for name in variant.index_names)], step.sizes())
+            indices |= request_inputs(step.lengths, indices["rank"].device)
+        found = variant.local([*inputs, *(indices[name] for name in variant.index_names)], step.sizes())
         ours = len(found) - variant.program.kept
         return list(found[:ours]), list(found[ours:])
 

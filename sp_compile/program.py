@@ -231,3 +231,14 @@ def insert_redistribute(program: Program, node: fx.Node, target: Placement, befo
         new = program.graph.call_function(ops.redistribute, (node,))
     new.meta.update(val=node.meta["val"], placement=target, stack_trace=before.meta.get("stack_trace"))
     return new
+
+
+def moved(
+    program: Program, node: fx.Node, target: Placement, before: fx.Node, made: dict[tuple[fx.Node, Placement], fx.Node]
+) -> fx.Node:
+    """``node`` as ``target``: by a redistribute in front of ``before``, made once and noted in ``made``."""
+    if placement(node) == target:
+        return node
+    if (node, target) not in made:
+        made[node, target] = insert_redistribute(program, node, target, before)
+    return made[node, target]

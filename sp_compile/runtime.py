@@ -16,7 +16,7 @@ from torch import fx, nn
 
 from sp_compile import fingerprint
 from sp_compile.capture import capture, keep_sources
-from sp_compile.compiled import Compiled, Kind, Step
+from sp_compile.compiled import Compiled, Kind, Step, index_inputs
 from sp_compile.config import CompileConfig
 from sp_compile.errors import (
     BatchError,
@@ -127,20 +127,15 @@ class ParallelModule(nn.Module):
         if kwargs.get("past_key_values") is not None:
             return self._forward_with_cache(args, kwargs)
         kwargs = self.options(kwargs, args)
-        install_output_hooks(self.module, kwargs)
         with fingerprint.naming_failed_ranks(self.group):
             named, self.layout = self._agree(args, kwargs)
             return self._apart(args, kwargs, self._prepare(named, self.layout))
 
     def _forward_with_cache(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """A forward over the tokens of all calls, of which only the new rows are computed."""
-        from sp_compile.cache import ROW, ShardedCache
+        from sp_compile.cache import ROW, sharded
 
-        cache = kwargs["past_key_values"]
-        if not isinstance(cache, ShardedCache):
-            raise CacheError(
-                f"past_key_values is a {type(cache).__name__}, whole on every rank; pass sp_compile.ShardedCache(model)"
-            )
+        cache = sharded(kwargs["past_key_values"])
         try:
             with fingerprint.naming_failed_ranks(self.group):
                 with self._agreement() as fields:
@@ -152,7 +147,8 @@ class ParallelModule(nn.Module):
                     past, new = cache.get_seq_length(), length_of(tokens)
                     whole = cache.whole_rows(named, name)
                     others = {key: each for key, each in kwargs.items() if key not in (*named, "past_key_values")}
-                    fields.update(fingerprint.of_inputs(named, (past, new), others))
+                    if self._compares_inputs:
+                        fields.update(fingerprint.of_inputs(named, (past, new), others))
                     step = cache.begin([ROW], [new], [0], self.compile_config.scheme)
                 self.layout = step.layout
                 options = with_spare_row({**others, **named, **whole, "use_cache": False}, name, past)
@@ -192,7 +188,6 @@ class ParallelModule(nn.Module):
             The errors of :meth:`forward`, but for those about ranks.
         """
         batch = self.options(batch)
-        install_output_hooks(self.module, batch)
         named, self.layout = self._lay_out((), batch)
         self._explained = batch
         try:
@@ -246,11 +241,15 @@ class ParallelModule(nn.Module):
         """Lay the batch out; ranks that cannot, or have another batch, are named on all."""
         with self._agreement() as fields:
             named, layout = self._lay_out(args, kwargs)
-            if self.group.size > 1:
+            if self._compares_inputs:
                 others = {name: each for name, each in kwargs.items() if not isinstance(each, torch.Tensor)}
                 fields.update(fingerprint.of_inputs(named, layout.lengths, others))
                 fields["whether pack made the batch"] = str(from_pack(named.values()))
         return named, layout
+
+    @property
+    def _compares_inputs(self) -> bool:
+        return self.group.size > 1 and self.compile_config.check_inputs
 
     def _agreement(self) -> AbstractContextManager[dict[str, str]]:
         """An agreement of the ranks on their inputs, unless the configuration does without."""
@@ -296,6 +295,7 @@ class ParallelModule(nn.Module):
         return self._run_step(args, without_packed_positions(self.module, kwargs), replace(step, isolated=True))
 
     def _run_step(self, args: Sequence[Any], kwargs: Mapping[str, Any], step: Step) -> Any:
+        install_output_hooks(self.module, kwargs)
         self._step = step
         if self._explained is not None:
             tensors = {name: each for name, each in kwargs.items() if isinstance(each, torch.Tensor)}
@@ -384,13 +384,7 @@ def _with_signature_of(model: Callable[..., Any], run: Callable[..., Any]) -> Ca
 
 @lru_cache(maxsize=8)
 def _index_inputs(layout: TokenLayout, rank: int, device: torch.device) -> dict[str, torch.Tensor]:
-    return {
-        "local_index": layout.local_index[rank].to(device),
-        "gathered_index": layout.local_index.reshape(-1).to(device),
-        "gathered_valid": layout.valid.reshape(-1).to(device),
-        "restore_index": layout.restore_index.to(device),
-        "rank": torch.tensor(rank, device=device),
-    }
+    return {name: each.to(device) for name, each in index_inputs(layout, rank).items()}
 
 
 def _is_specialised(error: BaseException) -> bool:

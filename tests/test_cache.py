@@ -175,6 +175,17 @@ def test_what_does_not_fit_is_refused_and_the_cache_stays_as_it_was(ranks):
         assert "changed since the last forward" in found["edited"]
 
 
+def test_hidden_states_come_for_the_new_tokens_of_a_model_that_never_recorded_them():
+    model = llama()
+    parallel = sp_compile.parallelize(model, sp=1, codegen="eager")
+    ids, cache = tokens(1, 9), sp_compile.ShardedCache(parallel)
+    with torch.no_grad():
+        parallel(input_ids=ids[:, :6], past_key_values=cache, output_hidden_states=True)
+        found = parallel(input_ids=ids[:, 6:], past_key_values=cache, output_hidden_states=True).hidden_states
+        expected = model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states
+    assert max(error(a, b[:, 6:]) for a, b in zip(found, expected, strict=True)) <= 1e-5
+
+
 def cropped_and_reset() -> list[float]:
     model = llama()
     parallel = sp_compile.parallelize(model, codegen="eager")

@@ -22,7 +22,6 @@ from sp_compile.score_rule import Assignment, assigns, call, evaluate, needed
 HALF = (torch.bfloat16, torch.float16)
 PAIRS = 1 << 15  # of pieces, from where on they are not told apart further
 STRIP_ROWS, STRIP_KEYS = 128, 4096
-FEW_QUERIES = 8
 UNBOUNDED = 1 << 40
 
 
@@ -89,35 +88,6 @@ def plan_regions(
     for row in range(rows):
         own = [rows_of(each, slice(row, row + 1)) for each in operands]
         found += _Planner(rule, own, tables, queries, keys, row).regions()
-    return found
-
-
-def plan_within(
-    runs: Sequence[Sequence[int]],
-    operands: Sequence[torch.Tensor],
-    tables: Sequence[torch.Tensor],
-    rule: str,
-    valid: torch.Tensor | None,
-) -> list[Region]:
-    """As :func:`plan_regions`, where queries and keys are known to meet in few places.
-
-    Args:
-        runs: ``q_start, q_end, k_start, k_end`` of each; no query sees a key elsewhere.
-
-    Where queries are few, their elements decide, which costs less than to plan, and nothing for each key on the host.
-    """
-    found: list[Region] = []
-    for q_start, q_end, k_start, k_end in runs:
-        if q_start == q_end:
-            continue
-        if q_end - q_start <= FEW_QUERIES:
-            found.append(Region(-1, q_start, q_end, k_start, k_end, masked=True))
-            continue
-        own = between(operands, (q_start, q_end), (k_start, k_end))
-        held = None if valid is None else valid[k_start:k_end]
-        for each in plan_regions(own, tables, rule, held, q_end - q_start, k_end - k_start):
-            rows = replace(each, q_start=each.q_start + q_start, q_end=each.q_end + q_start)
-            found.append(replace(rows, k_start=each.k_start + k_start, k_end=each.k_end + k_start))
     return found
 
 
