@@ -51,7 +51,7 @@ SHAPE_ARGUMENT = {
 
 
 # the sizes of what else enters beside a cache
-CACHE_SIZES = {"new_rows": "new_tokens", "kept_rows": "kept", "held_index": "slots"}
+CACHE_SIZES = {"new_rows": "new_tokens", "kept_rows": "kept"}
 EXAMPLE = 24
 
 
@@ -127,7 +127,7 @@ class _Shapes:
         sizes = [self._size(size) for size in value.shape]
         strides = [self._size(stride) for stride in value.stride()]
         if "held" in node.meta:
-            sizes[2] = self.symbol("slots", EXAMPLE)
+            sizes[2] = self.symbol(f"slots_{node.meta['held']}", EXAMPLE)
             with self.mode:
                 return torch.empty(sizes, dtype=value.dtype, device=value.device)
         with self.mode:
@@ -156,11 +156,14 @@ class _Shapes:
         with self.mode:
             if name == "rank":
                 return torch.empty((), dtype=torch.int64, device=device)
-            if name.endswith("_valid"):
-                size = rows * sp if name == "gathered_valid" else self.symbol("slots", EXAMPLE)
-                return torch.empty(size, dtype=torch.bool, device=device)
-            if name == "held_runs":
-                return torch.empty(self.symbol("runs", EXAMPLE), 4, dtype=torch.int64)
+            if name == "gathered_valid":
+                return torch.empty(rows * sp, dtype=torch.bool, device=device)
+            if name.startswith("held_"):
+                _, what, shelf = name.split("_")
+                if what == "runs":
+                    return torch.empty(self.symbol(f"runs_{shelf}", EXAMPLE), 4, dtype=torch.int64)
+                dtype = torch.bool if what == "valid" else torch.int64
+                return torch.empty(self.symbol(f"slots_{shelf}", EXAMPLE), dtype=dtype, device=device)
             if name in ("local_index", "gathered_index"):
                 size = rows if name == "local_index" else rows * sp
             elif name in CACHE_SIZES or (name == "restore_index" and self.program.cached):

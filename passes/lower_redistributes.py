@@ -136,7 +136,7 @@ def _redistribute(build: _Builder, node: fx.Node) -> fx.Node:
         case Replicate(), Gathered():
             return build.call(aten.index_select.default, source, wanted.dim, build.index("gathered_index"))
         case Replicate(), Held():
-            return build.call(aten.index_select.default, source, wanted.dim, build.index("held_index"))
+            return build.call(aten.index_select.default, source, wanted.dim, build.index(f"held_index_{wanted.shelf}"))
         case Gathered(), Kept():
             return build.call(aten.index_select.default, source, wanted.dim, build.index("kept_rows"))
         case Shard(), QueriesByKeys():

@@ -101,11 +101,12 @@ def _per_head(operand: fx.Node) -> bool:
 
 
 def _plan(program: Program, node: fx.Node, args: ops.AttentionArgs) -> fx.Node:
-    held = placement(args.k) == Held(2)
-    names = ("gathered_index", "held_index") if held else ("local_index", "gathered_index")
+    held = placement(args.k)
+    shelf = held.shelf if isinstance(held, Held) else None
+    names = ["local_index", "gathered_index"] if shelf is None else ["gathered_index", f"held_index_{shelf}"]
+    if shelf is not None and args.kernel == "tiles":
+        names.append(f"held_runs_{shelf}")
     rows = [program.index_input(name) for name in names]
-    if held and args.kernel == "tiles":
-        rows.append(program.index_input("held_runs"))
     with program.graph.inserting_before(node):
         plan = program.graph.call_function(
             PLANS[args.kernel], (args.operands, args.tables, args.rule, args.valid, *rows)

@@ -24,6 +24,7 @@ After::
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import getitem
 from typing import Any
@@ -33,6 +34,7 @@ from torch import fx
 from sp_compile import ops
 from sp_compile.errors import CacheError
 from sp_compile.invariants import CACHE_SEEN, KEYS_PADDED
+from sp_compile.ledger import Window
 from sp_compile.pipeline import Pass
 from sp_compile.placements import (
     Gathered,
@@ -45,6 +47,7 @@ from sp_compile.placements import (
 )
 from sp_compile.program import Program, moved, op_name, placement, source_line
 from sp_compile.symbols import computed, is_float, is_tensor
+from sp_compile.windows import window_of
 
 
 @dataclass(frozen=True)
@@ -60,15 +63,16 @@ class ShardCache(Pass):
         if not program.cached:
             return
         _refuse_other_mixers(program)
-        cache = _Cache(program)
-        for node in ops.attention_nodes(program.graph):
+        attentions = ops.attention_nodes(program.graph)
+        cache = _Cache(program, _windows(program, attentions))
+        for node in attentions:
             cache.keep(node)
             if program.cached == "more":
                 cache.see(node)
         output = program.graph.output_node()
         (values,) = output.args
         output.args = ((*values, *cache.kept.values()),)
-        program.kept = len(cache.kept)
+        program.kept = tuple(cache.windows.values())
         program.remove_dead_code()
 
 
@@ -77,6 +81,7 @@ class _Cache:
     """The tensors of the cache, each for keys or values that one or more attentions read."""
 
     program: Program
+    windows: dict[fx.Node, Window]  # of the keys and values, in the order of the tensors
     kept: dict[fx.Node, fx.Node] = field(default_factory=dict)
     made: dict[tuple[fx.Node, Placement], fx.Node] = field(default_factory=dict)
 
@@ -92,9 +97,10 @@ class _Cache:
         args, before = ops.AttentionArgs(*attention.args), attention.next
         held = [self._held(whole) for whole in (args.k, args.v)]
         queries = self._moved(_source(args.q), Gathered(2), before)
-        operands = [self._operand(attention, each, before) for each in args.operands]
+        shelf = self._shelf(args.k)
+        operands = [self._operand(attention, each, shelf, before) for each in args.operands]
         past = args._replace(q=queries, k=held[0], v=held[1], operands=operands, empty_mean=False,
-                             valid=self.program.index_input("held_valid"))  # fmt: skip
+                             valid=self.program.index_input(f"held_valid_{shelf}"))  # fmt: skip
         attention.args = tuple(args._replace(empty_mean=False))
         own = [self._part(attention, i, before, Shard(2)) for i in range(2)]
         with self.program.graph.inserting_before(before):
@@ -111,21 +117,24 @@ class _Cache:
                 user.replace_all_uses_with(whole, delete_user_cb=lambda node: node is not merged)
             assert each in merged.all_input_nodes
 
+    def _shelf(self, whole: fx.Node) -> int:
+        return [*dict.fromkeys(self.windows.values())].index(self.windows[whole])
+
     def _held(self, whole: fx.Node) -> fx.Node:
-        node = self.program.index_input(f"held_{[*self.kept].index(whole)}")
+        node, shelf = self.program.index_input(f"held_{[*self.windows].index(whole)}"), self._shelf(whole)
         value = whole.meta["val"]
         dtype = self.program.cache_dtype or value.dtype
-        node.meta.update(val=value.to(dtype), placement=Held(2), held=True)
+        node.meta.update(val=value.to(dtype), placement=Held(2, shelf), held=shelf)
         return node
 
-    def _operand(self, attention: fx.Node, operand: fx.Node, before: fx.Node) -> fx.Node:
+    def _operand(self, attention: fx.Node, operand: fx.Node, shelf: int, before: fx.Node) -> fx.Node:
         """What masks or changes scores, for everyone's queries and the held keys."""
         source = _source(operand)
         match placement(operand):
             case Shard(dim=dim):
                 return self._moved(source, Gathered(dim), before)
             case Gathered(dim=dim) if isinstance(placement(source), Replicate):
-                return self._moved(source, Held(dim), before)
+                return self._moved(source, Held(dim, shelf), before)
             case Replicate():
                 return operand
         raise CacheError(
@@ -144,6 +153,20 @@ class _Cache:
             node = computed(self.program.graph, target, args)
         node.meta.update(placement=placed, stack_trace=origin.meta.get("stack_trace"))
         return node
+
+
+def _windows(program: Program, attentions: Sequence[fx.Node]) -> dict[fx.Node, Window]:
+    """How far back the keys and values that a graph keeps are seen; those that are read together, as far."""
+    read = [(tuple(node.args[1:3]), window_of(node, program.tokens)) for node in attentions]
+    found: dict[fx.Node, Window] = {}
+    while True:
+        before = dict(found)
+        for wholes, window in read:
+            seen = [window, *(found[each] for each in wholes if each in found)]
+            widest = None if None in seen else max(each for each in seen if each is not None)
+            found.update(dict.fromkeys(wholes, widest))
+        if found == before:
+            return found
 
 
 def _source(node: fx.Node) -> fx.Node:

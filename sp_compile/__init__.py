@@ -1,5 +1,6 @@
 """Sequence parallelism for unmodified models, by compiling them."""
 
+import importlib
 from typing import Any
 
 from sp_compile.api import Verification, explain, parallelize, verify
@@ -11,18 +12,18 @@ from sp_compile.report import Report
 from sp_compile.runtime import ParallelModule
 
 __version__ = "0.1.0"
+WITH_TRANSFORMERS = {"ShardedCache": "cache", "Completion": "generation", "generate": "generation"}
 
 
 def __getattr__(name: str) -> Any:
     """What needs transformers is imported when it is first used."""
-    if name == "ShardedCache":
-        from sp_compile.cache import ShardedCache
-
-        return ShardedCache
+    if name in WITH_TRANSFORMERS:
+        return getattr(importlib.import_module(f"sp_compile.{WITH_TRANSFORMERS[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 __all__ = [
+    "Completion",
     "PackedBatch",
     "ParallelModule",
     "Report",
@@ -31,6 +32,7 @@ __all__ = [
     "TokenLayout",
     "Verification",
     "explain",
+    "generate",
     "launch",
     "pack",
     "parallelize",

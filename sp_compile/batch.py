@@ -17,11 +17,12 @@ class PackedBatch(Mapping[str, torch.Tensor]):
     carry them, so one alone will do: ``model(batch["input_ids"])``.
     """
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor], lengths: Sequence[int]) -> None:
-        self._tensors = {name: tensor.view(tensor.shape) for name, tensor in tensors.items()}
+    def __init__(
+        self, tensors: Mapping[str, torch.Tensor], lengths: Sequence[int], numbers: Sequence[int] | None = None
+    ) -> None:
         self.lengths = tuple(lengths)
-        for tensor in self._tensors.values():
-            tensor._sp_compile_lengths = self.lengths  # type: ignore[attr-defined]
+        self.numbers = tuple(range(len(lengths))) if numbers is None else tuple(numbers)
+        self._tensors = {name: marked(tensor, self.lengths, self.numbers) for name, tensor in tensors.items()}
 
     def __getitem__(self, key: str) -> torch.Tensor:
         return self._tensors[key]
@@ -34,7 +35,8 @@ class PackedBatch(Mapping[str, torch.Tensor]):
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch on another device."""
-        return PackedBatch({name: tensor.to(device) for name, tensor in self._tensors.items()}, self.lengths)
+        tensors = {name: tensor.to(device) for name, tensor in self._tensors.items()}
+        return PackedBatch(tensors, self.lengths, self.numbers)
 
     def split(self, output: torch.Tensor, dim: int = 1) -> list[torch.Tensor]:
         """Cut ``output`` (``T`` rows along ``dim``) into one tensor per request.
@@ -51,20 +53,40 @@ class PackedBatch(Mapping[str, torch.Tensor]):
         return list(torch.split(output, list(self.lengths), dim=dim))
 
 
+def marked(tensor: torch.Tensor, lengths: tuple[int, ...], numbers: tuple[int, ...] = ()) -> torch.Tensor:
+    """An alias of a tensor ``[1, T]`` that says which requests it packs."""
+    alias = tensor.view(tensor.shape)
+    alias._sp_compile_lengths, alias._sp_compile_numbers = lengths, numbers  # type: ignore[attr-defined]
+    return alias
+
+
+def packed_numbers(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Numbers of the requests of a tensor from :func:`pack`, by which a cache knows them."""
+    numbers: tuple[int, ...] = tensor._sp_compile_numbers  # type: ignore[attr-defined]
+    return numbers
+
+
 def packed_lengths(tensor: torch.Tensor) -> tuple[int, ...] | None:
     """Tokens of each request, if the tensor is part of a batch that :func:`pack` made."""
     return getattr(tensor, "_sp_compile_lengths", None)
 
 
-def pack(requests: Sequence[torch.Tensor | Sequence[int]], device: torch.device | str | None = None) -> PackedBatch:
+def pack(
+    requests: Sequence[torch.Tensor | Sequence[int]],
+    device: torch.device | str | None = None,
+    numbers: Sequence[int] | None = None,
+) -> PackedBatch:
     """Pack requests of token ids into one row.
 
     Args:
         requests: 1-D integer tensors or lists of token ids, each of at least one token.
         device: where the packed tensors live; by default that of the first request.
+        numbers: by which a :class:`~sp_compile.cache.ShardedCache` knows the requests, so that these tokens go on from
+            those that it holds; 0, 1, ... by default.
 
     Raises:
-        BatchError: no request, an empty one, or one that is not a row of integers.
+        BatchError: no request, an empty one, or one that is not a row of integers; numbers that are not one a request,
+            all different.
 
     >>> pack([[5, 6, 7], [8]])["position_ids"].tolist()
     [[0, 1, 2, 0]]
@@ -83,8 +105,10 @@ def pack(requests: Sequence[torch.Tensor | Sequence[int]], device: torch.device 
             )
         rows.append(row.to(device=device or (rows[0] if rows else row).device, dtype=torch.int64))
     lengths = [len(row) for row in rows]
+    if numbers is not None and (len(numbers) != len(rows) or len({*numbers}) != len(rows)):
+        raise BatchError(f"numbers are {list(numbers)} for {len(rows)} requests; pass one each, all different")
     positions = torch.cat([torch.arange(length, device=rows[0].device) for length in lengths])
-    return PackedBatch({"input_ids": torch.cat(rows)[None], "position_ids": positions[None]}, lengths)
+    return PackedBatch({"input_ids": torch.cat(rows)[None], "position_ids": positions[None]}, lengths, numbers)
 
 
 def _row(i: int, request: torch.Tensor | Sequence[int]) -> torch.Tensor:

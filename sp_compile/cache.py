@@ -10,15 +10,16 @@ import numpy as np
 import torch
 from transformers.cache_utils import Cache
 
-from sp_compile.compiled import Step, index_inputs
-from sp_compile.errors import BatchError, CacheError
+from sp_compile.compiled import Kept, Step, index_inputs
+from sp_compile.errors import CacheError
+from sp_compile.inputs import token_input
 from sp_compile.layout import TokenLayout, token_layout
-from sp_compile.ledger import Ledger, Places
+from sp_compile.ledger import Ledger, Places, Shelf
+from sp_compile.rows import ROW, BatchRows, PackedRows, check_kind, rows_for
+from sp_compile.storage import Storage
 
 if TYPE_CHECKING:
     from sp_compile.runtime import ParallelModule
-
-ROW = 0  # the one request of a cache for [B, S] batches
 
 
 @dataclass(frozen=True)
@@ -27,19 +28,22 @@ class _Pending:
 
     requests: Sequence[int]
     starts: Sequence[int]
-    slots: torch.Tensor
-    rows: torch.Tensor
+    places: Places
+    rows: torch.Tensor  # of this rank's tokens
 
 
 class ShardedCache(Cache):
     """Keys and values of earlier tokens, each token's on one rank.
 
     Pass it as ``past_key_values`` to the parallel model, or let ``generate`` make one. It serves one batch of rows
-    ``[B, S]``, padded on the left or not; the same tokens of all rows are on one rank.
+    ``[B, S]``, padded on the left or not, or requests from :func:`sp_compile.pack`, known by their numbers. The same
+    tokens of all rows are on one rank. Layers whose mask is a sliding window keep what the next token sees, in whole
+    pages.
 
     Args:
         model: what :func:`sp_compile.parallelize` returned.
-        max_tokens: room for so many tokens of each row, taken at the first forward; None lets it grow by pages.
+        max_tokens: room for so many tokens of each row, or of all packed requests, taken at the first forward; None
+            lets it grow by pages.
         page_size: tokens of a request that a rank stores together, at least 2.
         dtype: of what is stored, such as ``torch.bfloat16`` or ``torch.float8_e4m3fn``; None for the model's.
 
@@ -65,19 +69,18 @@ class ShardedCache(Cache):
         pages = None if max_tokens is None else -(-max_tokens // (group.size * page_size))
         self.sp, self.rank, self.dtype = group.size, group.rank, dtype
         self.ledger = Ledger(group.size, page_size, pages)
-        self.tensors: list[torch.Tensor] = []
-        self.history: dict[str, torch.Tensor] = {}
-        self.held_index = torch.zeros(0, dtype=torch.int64)
-        self.held_valid = torch.zeros(0, dtype=torch.bool)
+        self.storages: list[Storage] = []
+        self.rows: BatchRows | PackedRows | None = None
         self._module = model.module
+        self._finished: set[int] = set()
         self._pending: _Pending | None = None
-        self._versions: list[int] = []
 
     # what transformers asks of a cache
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens of every row so far."""
-        return self.ledger.length(ROW) if ROW in self.ledger else 0
+        """Tokens of every row so far; of the longest packed request."""
+        requests = self.ledger.requests
+        return int(self.ledger.lengths(requests).max()) if requests else 0
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """Tokens for which there is room; -1 where there is no limit."""
@@ -100,14 +103,17 @@ class ShardedCache(Cache):
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep these rows of the batch, in this order."""
-        rows = self.batch_size
-        self.tensors = [each.index_select(0, indices.to(each.device)) for each in self.tensors]
-        self.history = {
-            name: each.index_select(0, indices.to(each.device)) if each.shape[0] == rows else each
-            for name, each in self.history.items()
-        }
-        self._versions = [each._version for each in self.tensors]
+        """Keep these rows of the batch, in this order.
+
+        Raises:
+            CacheError: the cache holds packed requests.
+        """
+        if isinstance(self.rows, PackedRows):
+            raise CacheError("packed requests have no rows to choose; call finish() for those that are not wanted")
+        if self.rows is not None:
+            self.rows.select_rows(indices, self.batch_size)
+        for each in self.storages:
+            each.select_rows(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row so many times."""
@@ -117,33 +123,63 @@ class ShardedCache(Cache):
         """Forget the last ``-tokens_to_remove`` tokens of every row.
 
         Raises:
-            CacheError: a positive number, or more tokens than there are.
+            CacheError: a positive number, more tokens than there are, packed requests, or layers of a window that
+                have already forgotten what the next token would see.
         """
         length = self.get_seq_length()
-        if not -length <= tokens_to_remove <= 0:
-            raise CacheError(f"crop({tokens_to_remove}) of a cache of {length} tokens; pass -{length} to 0")
-        if tokens_to_remove:
-            self._forget([ROW], [length + tokens_to_remove])
-            self.history = {name: each[..., : length + tokens_to_remove] for name, each in self.history.items()}
+        if isinstance(self.rows, PackedRows) or not -length <= tokens_to_remove <= 0:
+            what = "packed requests" if isinstance(self.rows, PackedRows) else f"{length} tokens"
+            raise CacheError(f"crop({tokens_to_remove}) of a cache of {what}; pass -length to 0 for rows [B, S]")
+        if tokens_to_remove and self.rows is not None:
+            self.ledger.crop(ROW, length + tokens_to_remove)
+            self.rows.crop(length + tokens_to_remove)
+            self._forget(self.storages)
+
+    @property
+    def numbers(self) -> set[int]:
+        """Numbers of packed requests that are or were here, or are expected."""
+        expected = self.rows.requests if isinstance(self.rows, PackedRows) else []
+        return {*self.ledger.requests, *expected, *self._finished}
+
+    def finish(self, request: int) -> None:
+        """Forget a packed request; its pages serve others.
+
+        Raises:
+            CacheError: the cache holds no such request.
+        """
+        if not isinstance(self.rows, PackedRows):
+            raise CacheError("the cache holds no packed requests; reset() forgets its rows")
+        if request in self.ledger or request not in self.rows.requests:
+            self.ledger.drop(request)
+        self.rows.finish(request)
+        self._finished.add(request)
+        self._forget(self.storages)
 
     def reset(self) -> None:
         """Forget everything; a cache with a fixed size keeps its memory."""
         for request in self.ledger.requests:
-            self._forget([request], [0])
             self.ledger.drop(request)
-        self.history = {}
+        self._forget(self.storages)
+        self._finished = set()
+        self.rows = None
 
     # what the parallel model does with it
 
     @property
     def batch_size(self) -> int:
         """Rows of the batch; 0 before the first forward."""
-        return self.tensors[0].shape[0] if self.tensors else 0
+        return self.storages[0].tensors[0].shape[0] if self.storages else 0
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """Keys and values of this rank in the order of the layers, ``[batch, kv_heads, slots, dim]`` each."""
+        numbered = {i: each for held in self.storages for i, each in zip(held.numbers, held.tensors, strict=True)}
+        return [numbered[i] for i in sorted(numbered)]
 
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values on this rank, free slots included."""
-        return sum(each.nbytes for each in self.tensors)
+        return sum(each.nbytes for each in self.storages)
 
     def check(self, model: ParallelModule) -> None:
         """Check that a forward of ``model`` may go on from here.
@@ -161,58 +197,101 @@ class ShardedCache(Cache):
                 f"the cache is that of rank {self.rank} of {self.sp}, the model runs as rank {model.group.rank} of "
                 f"{model.group.size}; save it and load it for these"
             )
-        if self._versions != [each._version for each in self.tensors]:
+        if any(each.edited for each in self.storages):
             raise CacheError("the cache's tensors were changed since the last forward; take a copy to edit them")
 
-    def begin(self, requests: Sequence[int], counts: Sequence[int], starts_of_rows: Sequence[int], scheme: str) -> Step:
-        """Give places to new tokens, ``counts[i]`` of ``requests[i]``, and say how a forward over them runs.
+    def reserve(self, lengths: Mapping[int, int]) -> None:
+        """Say how long packed requests will become, so that their rows keep their numbers until then.
+
+        Raises:
+            CacheError: the cache holds rows ``[B, S]``.
+        """
+        self.rows = self.rows or PackedRows()
+        if isinstance(self.rows, BatchRows):
+            raise CacheError("the cache holds rows [B, S] and cannot go on with packed requests; make another")
+        if self.rows.fit([*lengths], [*lengths.values()]):
+            self._renumber()
+
+    def begin(self, named: Mapping[str, torch.Tensor], scheme: str) -> tuple[Step, dict[str, Any]]:
+        """Give places to the new tokens of a call, and say how a forward over them runs, and on which inputs.
 
         Args:
-            starts_of_rows: number of each request's first token in the whole graph's row.
+            named: the tensors of the call by name.
             scheme: of the new tokens' layout.
 
         Raises:
             CacheFullError: there is no room; nothing is changed then.
+            CacheError: a request that is finished, or rows where there were packed requests.
+            BatchError: inputs that do not fit those of earlier calls.
         """
         assert self._pending is None, "one forward at a time"
-        for each in requests:
-            if each not in self.ledger:
+        rows = self.rows or rows_for(named)
+        check_kind(rows, named)
+        tokens, _ = token_input(named)
+        requests, counts = rows.asked(named, tokens, self.get_seq_length(), self.batch_size)
+        finished = [each for each in requests if each in self._finished]
+        if finished:
+            raise CacheError(f"request {finished[0]} is finished; pack its tokens under a new number")
+        fresh = [each for each in requests if each not in self.ledger]
+        try:
+            for each in fresh:
                 self.ledger.add(each)
-        starts = [self.ledger.length(each) for each in requests]
-        runs = self.ledger.runs(requests, self.rank)
-        places = self.ledger.append(requests, counts)
-        layout = token_layout(counts, self.sp, scheme, min_shard_length=2)
-        new_rows = torch.from_numpy(np.asarray(starts_of_rows, dtype=np.int64)[places.request] + places.position)
+            starts = self.ledger.lengths(requests)
+            runs = [self.ledger.runs(requests, self.rank, each.window) for each in self.storages]
+            places = self.ledger.append(requests, counts)
+        except BaseException:
+            for each in fresh:
+                self.ledger.drop(each)
+            raise
+        self.rows = rows
+        if rows.fit(requests, (starts + np.asarray(counts)).tolist()):
+            self._renumber()
+        new_rows = torch.from_numpy(rows.starts(requests)[places.request] + places.position)
         own = torch.from_numpy(np.flatnonzero(places.rank == self.rank))
-        device = self.held_index.device
-        self._pending = _Pending(
-            requests, starts, torch.from_numpy(places.slot)[own].to(device), new_rows[own].to(device)
-        )
+        self._pending = _Pending(requests, starts.tolist(), places, new_rows[own])
+        layout = token_layout(counts, self.sp, scheme, min_shard_length=2)
         indices = index_inputs(layout, self.rank, new_rows)
         indices |= {"new_rows": new_rows, "kept_rows": _at_least_two(layout.restore_index[own])}
+        device = named[tokens].device
         indices = {name: each.to(device) for name, each in indices.items()}
-        if not any(starts):
-            return Step(layout, indices, False, cached="first")
-        indices |= {
-            "held_index": self.held_index,
-            "held_valid": self.held_valid,
-            "held_runs": torch.from_numpy(_crossed(layout, places, runs)),
-        }
-        return Step(layout, indices, False, cached="more", held=tuple(self.tensors), cache_dtype=self.dtype)
+        past = bool(starts.any())
+        if past:
+            for i, (held, run) in enumerate(zip(self.storages, runs, strict=True)):
+                indices |= {f"held_index_{i}": held.index, f"held_valid_{i}": held.valid}
+                indices[f"held_runs_{i}"] = torch.from_numpy(_crossed(layout, places, run))
+        length = int(starts.max())
+        step = Step(
+            layout,
+            indices,
+            promised=rows.packed,
+            cached="more" if past else "first",
+            rows=rows.lengths(length + counts[0]),
+            held=tuple(self.tensors) if past else (),
+            cache_dtype=self.dtype,
+        )
+        return step, rows.whole(named, tokens, length, new_rows)
 
-    def commit(self, kept: Sequence[torch.Tensor]) -> None:
+    def commit(self, kept: Kept) -> None:
         """Store the keys and values of the forward that :meth:`begin` began."""
         pending = self._pending
         assert pending is not None
-        self._grow(kept)
-        for tensor, each in zip(self.tensors, kept, strict=True):
-            new = each[:, :, : len(pending.slots)].to(tensor.dtype)
-            if tensor.element_size() == 1:  # torch has no index_copy_ for fp8
-                tensor, new = tensor.view(torch.uint8), new.view(torch.uint8)
-            tensor.index_copy_(2, pending.slots, new)
-        self.held_index[pending.slots] = pending.rows
-        self.held_valid[pending.slots] = True
-        self._versions = [each._version for each in self.tensors]
+        assert self.rows is not None
+        if not self.storages:
+            for window in dict.fromkeys(kept.windows):
+                numbers = [i for i, each in enumerate(kept.windows) if each == window]
+                self.storages.append(Storage(window, numbers, [kept.tensors[i] for i in numbers], self.dtype))
+                self.ledger.shelves.setdefault(window, Shelf(self.sp, self.ledger.page, window))
+        self.ledger.settle(pending.requests)
+        self._forget([each for each in self.storages if self.ledger.shelves[each.window].released])
+        for each in self.storages:
+            slots = self.ledger.slots(pending.requests, pending.places, self.rank, each.window)
+            each.reserve(max(int(self.ledger.shelves[each.window].slots[self.rank]), self.ledger.page))
+            at = torch.from_numpy(np.flatnonzero(slots >= 0))
+            rows, new = pending.rows[at], (at, torch.from_numpy(slots)[at])
+            device = each.index.device
+            own, where = (part.to(device) for part in new)
+            each.write(where, rows.to(device), [kept.tensors[i].index_select(2, own) for i in each.numbers])
+        self.rows.remember()
         self._pending = None
 
     def rollback(self) -> None:
@@ -222,82 +301,25 @@ class ShardedCache(Cache):
                 self.ledger.crop(request, start)
             self._pending = None
 
-    def whole_rows(self, named: Mapping[str, torch.Tensor], tokens: str) -> dict[str, torch.Tensor]:
-        """The inputs of a ``[B, S]`` batch as if earlier tokens came with them, and what :meth:`remember` then stores.
+    def _forget(self, storages: Sequence[Storage]) -> None:
+        """Empty the slots of tokens that are not there any more."""
+        requests = self.ledger.requests
+        for each in storages:
+            each.keep_only(self.ledger.runs(requests, self.rank, each.window)[:, 1:])
+            self.ledger.shelves[each.window].released = False
 
-        Args:
-            named: the tensors of the call by name.
-            tokens: the name of the one that holds the tokens.
-
-        Raises:
-            BatchError: inputs that do not fit those of earlier calls.
-        """
-        past = self.get_seq_length()
-        new, rows = named[tokens].shape[1], named[tokens].shape[0]
-        if past and rows != self.batch_size:
-            raise BatchError(
-                f"{tokens} has {rows} rows, the cache {self.batch_size}; pass the batch it was filled with"
-            )
-        whole = {}
-        for name, each in named.items():
-            if name == "attention_mask":
-                if each.dim() != 2 or each.shape[1] != past + new:
-                    raise BatchError(
-                        f"attention_mask has shape {list(each.shape)}; with {past} tokens in the cache and {new} new "
-                        f"ones pass [{rows}, {past + new}]"
-                    )
-                whole[name] = each
-            elif name == tokens or (each.dim() in (2, 3) and each.shape[1] == new and name != "logits_to_keep"):
-                whole[name] = torch.cat([self._earlier(name, each, past), each], dim=1)
-        missing = [name for name in self.history if name not in whole and name not in ("input_ids", "inputs_embeds")]
-        if missing:
-            raise BatchError(f"{missing[0]} was passed in earlier calls; pass it for the new tokens too")
-        return whole
-
-    def remember(self, whole: Mapping[str, torch.Tensor]) -> None:
-        """Keep the integers of all tokens for the next call."""
-        self.history = {
-            name: each for name, each in whole.items() if name != "attention_mask" and not each.is_floating_point()
-        }
-
-    def _earlier(self, name: str, new: torch.Tensor, past: int) -> torch.Tensor:
-        """What came with the tokens of earlier calls; nothing reads the tokens themselves any more."""
-        if name in self.history:
-            return self.history[name]
-        if past and name not in ("input_ids", "inputs_embeds"):
-            raise BatchError(f"{name} was not passed in earlier calls; pass it in every call or in none")
-        return new.new_zeros(new.shape[0], past, *new.shape[2:])
-
-    def _forget(self, requests: Sequence[int], lengths: Sequence[int]) -> None:
-        counts = [self.ledger.length(request) - length for request, length in zip(requests, lengths, strict=True)]
-        gone = self.ledger.place(requests, lengths, counts)
-        slots = torch.from_numpy(gone.slot[gone.rank == self.rank]).to(self.held_valid.device)
-        self.held_valid[slots], self.held_index[slots] = False, 0  # a number of a row that there is
-        for request, length in zip(requests, lengths, strict=True):
-            self.ledger.crop(request, length)
-
-    def _grow(self, kept: Sequence[torch.Tensor]) -> None:
-        """Memory for all slots that the ledger has given out."""
-        slots = max(int(self.ledger.slots[self.rank]), self.ledger.page)
-        if not self.tensors:
-            self.tensors = [
-                each.new_zeros(*each.shape[:2], 0, each.shape[3], dtype=self.dtype or each.dtype) for each in kept
-            ]
-            device = kept[0].device
-            self.held_index, self.held_valid = self.held_index.to(device), self.held_valid.to(device)
-        if slots > len(self.held_index):
-            self.tensors = [_extended(each, slots, 2) for each in self.tensors]
-            self.held_index, self.held_valid = (
-                _extended(each, slots, 0) for each in (self.held_index, self.held_valid)
-            )
-
-
-def _extended(tensor: torch.Tensor, size: int, dim: int) -> torch.Tensor:
-    shape = list(tensor.shape)
-    shape[dim] = size
-    longer = tensor.new_zeros(shape)
-    longer.narrow(dim, 0, tensor.shape[dim]).copy_(tensor)
-    return longer
+    def _renumber(self) -> None:
+        """Say for all tokens anew where in the row they are."""
+        assert self.rows is not None
+        requests = [each for each in self.ledger.requests if self.ledger.length(each)]
+        counts = self.ledger.lengths(requests).tolist()
+        places = self.ledger.place(requests, [0] * len(requests), counts)
+        own = places.rank == self.rank
+        rows = torch.from_numpy((self.rows.starts(requests)[places.request] + places.position)[own])
+        for each in self.storages:
+            slots = self.ledger.slots(requests, places, self.rank, each.window)
+            at = torch.from_numpy(np.flatnonzero(slots >= 0))
+            each.number(torch.from_numpy(slots)[at], rows[at])
 
 
 def _at_least_two(rows: torch.Tensor) -> torch.Tensor:

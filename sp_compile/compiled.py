@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -12,13 +12,27 @@ from torch import fx
 from sp_compile.codegen import LocalProgram
 from sp_compile.isolation import Isolation, find_isolation
 from sp_compile.layout import TokenLayout
+from sp_compile.ledger import Window
 from sp_compile.masks import attention_rows
 from sp_compile.pipeline import PassStep, build_pipeline, run_pipeline
 from sp_compile.program import Program
 from sp_compile.report import Report, make_report
 from sp_compile.requests import request_inputs
 
-Kind = tuple[bool, str, torch.dtype | None]
+
+class Kind(NamedTuple):
+    """What sets the programs of one captured graph apart.
+
+    Attributes:
+        isolated, cached, cache_dtype, outputs: as in :class:`~sp_compile.program.Program`.
+    """
+
+    isolated: bool = False
+    cached: str = ""
+    cache_dtype: torch.dtype | None = None
+    outputs: str = "full"
+
+
 ANALYSED = ("normalize", "raise_attention", "isolate_requests", "shard_tokens", "propagate_placements")
 
 
@@ -34,6 +48,7 @@ class Step:
         cached: as in :class:`~sp_compile.program.Program`; the layout then is that of the new tokens.
         rows: tokens of each request, those of earlier calls included; None for the layout's.
         held: the tensors of the cache on this rank.
+        cache_dtype, outputs: as in :class:`~sp_compile.program.Program`.
     """
 
     layout: TokenLayout
@@ -44,6 +59,7 @@ class Step:
     rows: tuple[int, ...] | None = None
     held: Sequence[torch.Tensor] = ()
     cache_dtype: torch.dtype | None = None
+    outputs: str = "full"
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -52,17 +68,28 @@ class Step:
 
     @property
     def kind(self) -> Kind:
-        """What program of a graph the step runs: isolated or not, with a cache and of which dtype."""
-        return self.isolated, self.cached, self.cache_dtype
+        """What program of a graph the step runs."""
+        return Kind(self.isolated, self.cached, self.cache_dtype, self.outputs)
 
     def sizes(self) -> dict[str, int]:
         """True values of the sizes that are symbols."""
         found = {"tokens": sum(self.lengths), "shard_length": self.layout.shard_length}
         if self.cached:
             found |= {"new_tokens": self.layout.tokens, "kept": self.index_inputs["kept_rows"].numel()}
-        if self.held:
-            found |= {"slots": self.held[0].shape[2], "runs": len(self.index_inputs["held_runs"])}
+        sizes = {"held_index": "slots", "held_runs": "runs"}
+        for name, each in self.index_inputs.items():
+            what, _, shelf = name.rpartition("_")
+            if what in sizes:
+                found[f"{sizes[what]}_{shelf}"] = len(each)
         return found
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Keys and values that a forward gives back to be kept, with the window of each; None for all tokens."""
+
+    tensors: Sequence[torch.Tensor] = ()
+    windows: Sequence[Window] = ()
 
 
 def index_inputs(layout: TokenLayout, rank: int, rows: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
@@ -97,7 +124,7 @@ class Analysis:
 
     isolation: Isolation
     names: list[str]
-    apart: set[tuple[int, ...]] = field(default_factory=set)
+    apart: set[tuple[tuple[int, ...], bool]] = field(default_factory=set)
 
 
 class Compiled:
@@ -138,14 +165,14 @@ class Compiled:
         Raises:
             RequestsMixedError: they are not.
         """
-        lengths = step.lengths
-        if not step.promised or len(lengths) == 1:
+        lengths, growing = step.lengths, bool(step.cached)
+        if not step.promised or (len(lengths) == 1 and not growing):
             return
         analysis = self._analysis(step.isolated)
-        if lengths not in analysis.apart:
-            analysis.isolation.check(self._named(analysis), lengths)
+        if (lengths, growing) not in analysis.apart:
+            analysis.isolation.check(self._named(analysis), lengths, growing)
             if analysis.isolation.lasting:
-                analysis.apart.add(lengths)
+                analysis.apart.add((lengths, growing))
 
     def variant(self, kind: Kind) -> Variant:
         """The program, made at the first call."""
@@ -157,15 +184,16 @@ class Compiled:
             self._variants[kind] = Variant(program, steps, local, names)
         return self._variants[kind]
 
-    def run(self, inputs: Sequence[Any], step: Step) -> tuple[list[Any], list[torch.Tensor]]:
+    def run(self, inputs: Sequence[Any], step: Step) -> tuple[list[Any], Kept]:
         """Run the local graph: the model's outputs, and the keys and values to keep."""
         variant = self.variant(step.kind)
         indices = dict(step.index_inputs) | {f"held_{i}": each for i, each in enumerate(step.held)}
         if step.isolated:
             indices |= request_inputs(step.lengths, indices["rank"].device)
         found = variant.local([*inputs, *(indices[name] for name in variant.index_names)], step.sizes())
-        ours = len(found) - variant.program.kept
-        return list(found[:ours]), list(found[ours:])
+        windows = variant.program.kept
+        ours = len(found) - len(windows)
+        return list(found[:ours]), Kept(found[ours:], windows)
 
     def report(self, step: Step) -> Report:
         """What the last call ran."""

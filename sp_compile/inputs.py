@@ -185,6 +185,8 @@ def mark_token_dims(value: Any, length: int, name: str = "") -> Any:
     alias = value.detach().view(value.shape) if not value.requires_grad else value.detach()
     for dim in token_dims_of(value, length, name):
         torch._dynamo.mark_dynamic(alias, dim)
+    if name == "logits_to_keep" and alias.dim() == 1 and alias.shape[0] > 1:
+        torch._dynamo.mark_dynamic(alias, 0)
     return alias
 
 

@@ -142,7 +142,7 @@ def _keys_in_padded_order(program: Program) -> None:
         return
     for node in ops.attention_nodes(program.graph):
         for key in node.args[1:3]:
-            if placement(key) not in (Gathered(2), Held(2)):
+            if placement(key) != Gathered(2) and not isinstance(placement(key), Held):
                 raise Violation(node, f"%{key.name} as Gathered(2)", describe(placement(key)))
 
 
@@ -155,11 +155,11 @@ def _cache_seen(program: Program) -> None:
     for node in ops.attention_nodes(program.graph) if program.cached == "more" else ():
         part = ops.attention_part(node, 0)
         merged = part is not None and any(user.target is ops.merge_partials for user in part.users)
-        if placement(node.args[1]) != Held(2) and not merged:
+        if not isinstance(placement(node.args[1]), Held) and not merged:
             raise Violation(node, "a merge with attention over held keys", "none")
     kept = [node for node in program.graph.output_node().all_input_nodes if placement(node) == Kept(2)]
-    if len(kept) != program.kept or not kept:
-        raise Violation(None, f"{program.kept} outputs to keep, and some", str(len(kept)))
+    if len(kept) != len(program.kept) or not kept:
+        raise Violation(None, f"{len(program.kept)} outputs to keep, and some", str(len(kept)))
 
 
 def _planned(program: Program) -> None:

@@ -51,17 +51,18 @@ class Isolation:
     weights: frozenset[str]
     lasting: bool
 
-    def check(self, inputs: Mapping[str, Any], lengths: Sequence[int]) -> None:
+    def check(self, inputs: Mapping[str, Any], lengths: Sequence[int], growing: bool = False) -> None:
         """Check that the requests of one packed row neither see nor move each other.
 
         Args:
             inputs: the model's inputs by name: tensors ``[1, T]``, the token length, and weights.
             lengths: tokens of each request.
+            growing: these are what the requests may grow to, so a request must not depend on its last rows either.
 
         Raises:
             RequestsMixedError: they do; the message names the op and its source line.
         """
-        reason = self.mixer or self._mixing(inputs, lengths)
+        reason = self.mixer or self._mixing(inputs, lengths, growing)
         if reason is not None:
             raise RequestsMixedError(
                 f"packed requests are not kept apart: {reason}. Run them one to a batch, or as rows with an "
@@ -69,7 +70,7 @@ class Isolation:
                 curable=self.curable,
             )
 
-    def _mixing(self, inputs: Mapping[str, Any], lengths: Sequence[int]) -> str | None:
+    def _mixing(self, inputs: Mapping[str, Any], lengths: Sequence[int], growing: bool) -> str | None:
         tokens = sum(lengths)
         inputs = {**inputs, **request_inputs(tuple(lengths), _device(inputs))}
         owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
@@ -82,8 +83,10 @@ class Isolation:
             if kind.empty_mean and not keys_per_query(kind.rule, operands, tokens).all():
                 return f"the attention at {kind.source} takes the mean of the whole row where a token sees none"
         facts, ends = self.facts.evaluate(inputs), np.cumsum(lengths).tolist()
-        for i in _sample(lengths):
-            rows = slice(ends[i] - lengths[i], ends[i])
+        sizes = [(i, size) for i in _sample(lengths) for size in (lengths[i], -(-lengths[i] // 2))[: 1 + growing]]
+        for i, size in sizes:
+            start = ends[i] - lengths[i]
+            rows = slice(start, start + size)
             single = _only(inputs, self.weights, rows, tokens)
             for kind, packed, alone in zip(self.masks.kinds, together, self.masks.evaluate(single), strict=True):
                 if not _agree(kind, packed, alone, rows, tokens):

@@ -54,12 +54,16 @@ class Gathered:
 
 @dataclass(frozen=True)
 class Held:
-    """What the rank holds of a cache along ``dim``, slot by slot; for a value of the batch's rows, those rows of it."""
+    """What the rank holds of a cache along ``dim``, slot by slot; for a value of the batch's rows, those rows of it.
+
+    ``shelf`` counts the windows of layers: layers of one window hold the same tokens.
+    """
 
     dim: int
+    shelf: int = 0
 
     def __str__(self) -> str:
-        return f"Held({self.dim})"
+        return f"Held({self.dim}{f', shelf {self.shelf}' if self.shelf else ''})"
 
 
 @dataclass(frozen=True)

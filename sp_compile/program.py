@@ -11,13 +11,14 @@ import sympy
 import torch
 from torch import fx
 
+from sp_compile.ledger import Window
 from sp_compile.placements import REPLICATE, Placement, describe
 from sp_compile.symbols import is_float, is_tensor, length_input, tensors_of, token_dims
 
 LETTERS = {"tokens": "T", "shard_length": "n"}
 INDEX_INPUTS = ("local_index", "gathered_index", "gathered_valid", "restore_index", "rank", "request_index",
-                "request_start", "new_rows", "kept_rows", "held_index", "held_valid", "held_runs")  # fmt: skip
-HELD = re.compile(r"held_\d+")  # the tensors of a cache
+                "request_start", "new_rows", "kept_rows")  # fmt: skip
+HELD = re.compile(r"held_(?:(?:index|valid|runs)_)?\d+")  # the tensors of a cache, and what is where on a shelf
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Program:
         isolated: made for packed batches that the model itself would mix.
         cached: keys and values are kept for later calls (``first``), and those of earlier calls seen too (``more``).
         cache_dtype: of kept keys and values; None for the model's own.
-        kept: how many of the outputs, at the end, are keys and values to keep.
+        kept: windows of the keys and values to keep, which are the outputs' end; None for all tokens.
         isolation: what was done to keep their requests apart.
         compiled: whether code is generated for the graph, or it runs as it is.
         fallbacks: what was computed on gathered inputs.
@@ -66,7 +67,7 @@ class Program:
     isolated: bool = False
     cached: str = ""
     cache_dtype: torch.dtype | None = None
-    kept: int = 0
+    kept: tuple[Window, ...] = ()
     isolation: str = ""
     compiled: bool = True
     fallbacks: list[Fallback] = field(default_factory=list)
@@ -102,7 +103,7 @@ class Program:
         self.fallbacks.append(same)
 
     def index_input(self, name: str) -> fx.Node:
-        """The placeholder of one of :data:`INDEX_INPUTS` or of a cache's tensor, added at its first use."""
+        """The placeholder of one of :data:`INDEX_INPUTS` or of a cache, added at its first use."""
         assert name in INDEX_INPUTS or HELD.fullmatch(name), name
         last = None
         for node in self.graph.nodes:

@@ -16,7 +16,7 @@ from torch import fx, nn
 
 from sp_compile import fingerprint
 from sp_compile.capture import capture, keep_sources
-from sp_compile.compiled import Compiled, Kind, Step, index_inputs
+from sp_compile.compiled import Compiled, Kept, Kind, Step, index_inputs
 from sp_compile.config import CompileConfig
 from sp_compile.errors import (
     BatchError,
@@ -32,13 +32,11 @@ from sp_compile.inputs import (
     forward_options,
     from_pack,
     install_output_hooks,
-    length_of,
     mark_token_dims,
     named_tensors,
     request_lengths_of,
     token_input,
     with_cache,
-    with_spare_row,
     without_packed_positions,
 )
 from sp_compile.layout import TokenLayout, token_layout
@@ -94,7 +92,7 @@ class ParallelModule(nn.Module):
         self._mixing: set[Any] = set()
         self._step: Step | None = None
         self._explained: Mapping[str, Any] | None = None
-        self._kept: list[torch.Tensor] = []
+        self._kept = Kept()
         self.training = module.training
         # not as a submodule, which would list all parameters twice
         self.__dict__["_run"] = torch.compile(module, backend=self._backend, fullgraph=True)
@@ -125,15 +123,19 @@ class ParallelModule(nn.Module):
         if self.training:
             raise UnsupportedModelError("training through sp_compile is not supported yet; call model.eval()")
         if kwargs.get("past_key_values") is not None:
-            return self._forward_with_cache(args, kwargs)
+            return self.forward_with_cache(args, kwargs)
         kwargs = self.options(kwargs, args)
         with fingerprint.naming_failed_ranks(self.group):
             named, self.layout = self._agree(args, kwargs)
             return self._apart(args, kwargs, self._prepare(named, self.layout))
 
-    def _forward_with_cache(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """A forward over the tokens of all calls, of which only the new rows are computed."""
-        from sp_compile.cache import ROW, sharded
+    def forward_with_cache(self, args: Sequence[Any], kwargs: Mapping[str, Any], outputs: str = "") -> Any:
+        """A forward over the tokens of all calls, of which only the new rows are computed.
+
+        Args:
+            outputs: as in the configuration, to have them otherwise this once.
+        """
+        from sp_compile.cache import sharded
 
         cache = sharded(kwargs["past_key_values"])
         try:
@@ -143,18 +145,18 @@ class ParallelModule(nn.Module):
                     named = named_tensors(self.module, self._signature, args, kwargs)
                     unmasked = {name: each for name, each in named.items() if name != "attention_mask"}
                     check_inputs(unmasked, self._device(named))
-                    name, tokens = token_input(named)
-                    past, new = cache.get_seq_length(), length_of(tokens)
-                    whole = cache.whole_rows(named, name)
                     others = {key: each for key, each in kwargs.items() if key not in (*named, "past_key_values")}
+                    step, whole = cache.begin(named, self.compile_config.scheme)
                     if self._compares_inputs:
-                        fields.update(fingerprint.of_inputs(named, (past, new), others))
-                    step = cache.begin([ROW], [new], [0], self.compile_config.scheme)
+                        fields.update(fingerprint.of_inputs(named, step.lengths, others))
                 self.layout = step.layout
-                options = with_spare_row({**others, **named, **whole, "use_cache": False}, name, past)
-                result = self._run_step((), options, replace(step, rows=(length_of(options[name]),)))
+                step = replace(step, outputs=outputs or self.compile_config.outputs)
+                options = {**others, **whole, "use_cache": False}
+                if step.promised:
+                    result = self._apart((), self.options(options), step)
+                else:
+                    result = self._run_step((), options, step)
                 cache.commit(self._kept)
-                cache.remember(whole)
         except BaseException:
             cache.rollback()
             raise
@@ -191,7 +193,8 @@ class ParallelModule(nn.Module):
         named, self.layout = self._lay_out((), batch)
         self._explained = batch
         try:
-            self._apart((), batch, Step(self.layout, {}, self._promised(named, self.layout)))
+            step = Step(self.layout, {}, self._promised(named, self.layout), outputs=self.compile_config.outputs)
+            self._apart((), batch, step)
         except _Explained as explained:
             return explained.compiled.report(explained.step)
         finally:
@@ -221,18 +224,16 @@ class ParallelModule(nn.Module):
     def build(
         self,
         gm: fx.GraphModule,
-        isolated: bool = False,
-        cached: str = "",
-        cache_dtype: torch.dtype | None = None,
+        kind: Kind,
         trace: bool = False,
         hints: Mapping[str, int] | None = None,
     ) -> tuple[Program, list[PassStep]]:
         """Capture Dynamo's graph into a program and run the pipeline on it."""
-        if cached and all(each.name != "shard_cache" for each in self.pipeline):
+        if kind.cached and all(each.name != "shard_cache" for each in self.pipeline):
             raise CacheError("the pipeline has no shard_cache; add it behind shard_attention to run with a cache")
-        program = capture(gm, self.group.size, self.group.name, self.compile_config.outputs)
-        program.isolated, program.cached, program.hints = isolated, cached, hints or {}
-        program.cache_dtype = cache_dtype
+        program = capture(gm, self.group.size, self.group.name, kind.outputs)
+        program.isolated, program.cached, program.cache_dtype = kind.isolated, kind.cached, kind.cache_dtype
+        program.hints = hints or {}
         program.compiled = self.compile_config.codegen == "inductor"
         steps = run_pipeline(program, self.pipeline, self.compile_config.verify_passes, trace)
         return program, steps
@@ -268,7 +269,7 @@ class ParallelModule(nn.Module):
     def _prepare(self, named: Mapping[str, torch.Tensor], layout: TokenLayout) -> Step:
         tokens = token_input(named)[1]
         inputs = _index_inputs(layout, self.group.rank, tokens.device)
-        return Step(layout, inputs, self._promised(named, layout))
+        return Step(layout, inputs, self._promised(named, layout), outputs=self.compile_config.outputs)
 
     def _promised(self, named: Mapping[str, torch.Tensor], layout: TokenLayout) -> bool:
         """Whether the requests of the batch must be kept apart."""
@@ -337,13 +338,13 @@ class ParallelModule(nn.Module):
 
         def agree(kind: Kind) -> tuple[Program, list[PassStep]]:
             with fingerprint.agreement(self.group) as fields:
-                program, steps = self.build(gm, *kind, trace=self._explained is not None)
+                program, steps = self.build(gm, kind, trace=self._explained is not None)
                 self._refuse_fallbacks(program)
                 fields.update(fingerprint.of_graph(program))
             return program, steps
 
         compiled = Compiled(
-            build=lambda kind, sizes: self.build(gm, *kind, hints=sizes)[0],
+            build=lambda kind, sizes: self.build(gm, kind, hints=sizes)[0],
             agree=agree,
             capture=lambda sp: capture(gm, sp, "analysed", "full"),
             codegen=self.compile_config.codegen,

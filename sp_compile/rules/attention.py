@@ -13,8 +13,9 @@ from sp_compile.symbols import shape_of
 def attention(call: Call) -> Outcome:
     """Queries sharded along their token dim; keys, values and what masks them whole, in one order for all."""
     q, k, v, operands, *_ = ops.AttentionArgs(*call.node.args)
-    if call.placed.get(k) == Held(2):
-        return _over_held_keys(call)
+    keys_held = call.placed.get(k)
+    if isinstance(keys_held, Held):
+        return _over_held_keys(call, keys_held.shelf)
     padded = call.placed.get(k) == Gathered(2)
     keys: Placement = Gathered(2) if padded else REPLICATE
     needs: dict[fx.Node, Placement] = {k: keys, v: keys, q: Shard(2)}
@@ -30,15 +31,15 @@ def attention(call: Call) -> Outcome:
     return Outcome((Shard(2), Shard(2)), needs)
 
 
-def _over_held_keys(call: Call) -> Outcome:
+def _over_held_keys(call: Call, shelf: int) -> Outcome:
     """Everyone's queries over the keys that the rank holds."""
     q, k, v, operands, *_ = ops.AttentionArgs(*call.node.args)
-    needs: dict[fx.Node, Placement] = {k: Held(2), v: Held(2), q: Gathered(2)}
+    needs: dict[fx.Node, Placement] = {k: Held(2, shelf), v: Held(2, shelf), q: Gathered(2)}
     for operand in operands:
         assert isinstance(operand, fx.Node)
         rank, sizes = rank_of(operand), shape_of(operand)
         if rank >= 1 and sizes[-1] == shape_of(k)[2]:
-            needs[operand] = Held(rank - 1)
+            needs[operand] = Held(rank - 1, shelf)
         else:
             needs[operand] = Gathered(rank - 2) if rank >= 2 and sizes[-2] == shape_of(q)[2] else REPLICATE
     return Outcome((Gathered(2), Gathered(2)), needs)

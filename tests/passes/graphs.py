@@ -14,6 +14,7 @@ import torch
 from torch import fx, nn
 
 from sp_compile import capture, mesh, ops
+from sp_compile.compiled import Kind
 from sp_compile.config import compile_config
 from sp_compile.errors import SPCompileError
 from sp_compile.layout import TokenLayout, token_layout
@@ -101,7 +102,7 @@ def after(
     build = parallel.build
 
     def captured(gm: fx.GraphModule, *_: Any, **__: Any) -> Any:
-        raise _Captured(build(gm, isolated, cached)[0])
+        raise _Captured(build(gm, Kind(isolated, cached, outputs=parallel.compile_config.outputs))[0])
 
     parallel.build = captured  # type: ignore[method-assign]
     torch._dynamo.reset()
