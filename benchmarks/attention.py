@@ -21,7 +21,8 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from sp_compile import kernels
-from sp_compile.kernels.plan import as_tensor, plan_regions
+from sp_compile.kernels.plan import plan_regions
+from sp_compile.kernels.regions import as_tensor
 from sp_compile.measure import machine, versions
 from sp_compile.score_rule import evaluate
 

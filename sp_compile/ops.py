@@ -16,6 +16,7 @@ from sp_compile import kernels
 from sp_compile.kernels import flex
 from sp_compile.kernels import plan as plans
 from sp_compile.kernels.dense import accumulated
+from sp_compile.kernels.regions import as_tensor
 from sp_compile.kernels.runs import plan_within
 
 
@@ -112,8 +113,8 @@ def tile_plan(
     ``runs`` are ranges outside of which no query sees a key, int64 ``[runs, 4]``.
     """
     if runs is not None:
-        return plans.as_tensor(plan_within(runs.tolist(), operands, tables, rule, valid))
-    return plans.as_tensor(plans.plan_regions(operands, tables, rule, valid, q_rows.numel(), k_rows.numel()))
+        return as_tensor(plan_within(runs.tolist(), operands, tables, rule, valid))
+    return as_tensor(plans.plan_regions(operands, tables, rule, valid, q_rows.numel(), k_rows.numel()))
 
 
 @tile_plan.register_fake

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from sp_compile.kernels import Partial, attend
-from sp_compile.kernels.plan import Region, as_tensor
+from sp_compile.kernels.regions import Region, as_tensor
 from sp_compile.kernels.tiles import HELD_KEYS, HELD_QUERIES, _merge
 from sp_compile.layout import token_layout
 from sp_compile.score_rule import evaluate

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sp_compile.kernels.plan import Region, as_regions, as_tensor, plan_regions
+from sp_compile.kernels.plan import plan_regions
+from sp_compile.kernels.regions import Region, as_regions, as_tensor
 from sp_compile.layout import token_layout
 from sp_compile.score_rule import evaluate
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from sp_compile.kernels.plan import UNBOUNDED, Region
+from sp_compile.kernels.regions import UNBOUNDED, Region
 from sp_compile.kernels.strips import NARROW_STRIP, STRIP, Strip, strips
 from sp_compile.kernels.tiles import band_mask
 

@@ -12,7 +12,8 @@ import torch
 
 from sp_compile.kernels import dense, tiles
 from sp_compile.kernels.dense import Partial
-from sp_compile.kernels.plan import as_regions, plan_regions
+from sp_compile.kernels.plan import plan_regions
+from sp_compile.kernels.regions import as_regions
 
 
 def attend(

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import fx
 
-from sp_compile.kernels.plan import Region, mask_rows, plan_regions, with_valid
+from sp_compile.kernels.plan import mask_rows, plan_regions, with_valid
+from sp_compile.kernels.regions import Region
 from sp_compile.score_rule import FUNCTIONS, call, needed
 
 BLOCK = 128  # queries and keys of a block, torch's default

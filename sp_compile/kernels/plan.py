@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,49 +17,12 @@ import torch
 
 from sp_compile.kernels.bands import Band, Pairs, Value
 from sp_compile.kernels.pieces import BRANCH, SMALL, Side, Vector
+from sp_compile.kernels.regions import UNBOUNDED, Region, boxed, joined
 from sp_compile.score_rule import Assignment, assigns, call, evaluate, needed
 
 HALF = (torch.bfloat16, torch.float16)
 PAIRS = 1 << 15  # of pieces, from where on they are not told apart further
 STRIP_ROWS, STRIP_KEYS = 128, 4096
-UNBOUNDED = 1 << 40
-
-
-@dataclass(frozen=True)
-class Region:
-    """Queries ``[q_start, q_end)`` by keys ``[k_start, k_end)``, of which a band is seen.
-
-    Attributes:
-        row: the batch row, -1 for all.
-        low, high: row i of the region sees column j where ``low <= j - i <= high``; ``UNBOUNDED`` for no bound.
-        masked: the mask is no band; its elements decide.
-    """
-
-    row: int
-    q_start: int
-    q_end: int
-    k_start: int
-    k_end: int
-    low: int = -UNBOUNDED
-    high: int = UNBOUNDED
-    masked: bool = False
-
-    @property
-    def full(self) -> bool:
-        """Whether every query sees every key."""
-        return not self.masked and self.low == -UNBOUNDED and self.high == UNBOUNDED
-
-
-def as_tensor(regions: Sequence[Region]) -> torch.Tensor:
-    """The plan as an op returns it, int64 ``[regions, 8]``: the fields of :class:`Region`."""
-    return torch.tensor([list(vars(each).values()) for each in regions], dtype=torch.int64).reshape(-1, 8)
-
-
-def as_regions(plan: torch.Tensor) -> list[Region]:
-    """The regions of a plan."""
-    fields = [*Region.__dataclass_fields__]
-    rows = (dict(zip(fields, row, strict=True)) for row in plan.tolist())
-    return [Region(**{**row, "masked": bool(row["masked"])}) for row in rows]
 
 
 def plan_regions(
@@ -83,11 +46,11 @@ def plan_regions(
         return [Region(-1, 0, queries, 0, keys)]
     rows = mask_rows(rule, operands)
     if rows is None:
-        return list(_Planner(rule, operands, tables, queries, keys, -1).regions())
+        return boxed(list(_Planner(rule, operands, tables, queries, keys, -1).regions()))
     found: list[Region] = []
     for row in range(rows):
         own = [rows_of(each, slice(row, row + 1)) for each in operands]
-        found += _Planner(rule, own, tables, queries, keys, row).regions()
+        found += boxed(list(_Planner(rule, own, tables, queries, keys, row).regions()))
     return found
 
 
@@ -213,7 +176,7 @@ class _Planner:
                 found += self._looked_at(*values[:4])
             else:
                 found.append(Region(self.row, *values))
-        yield from _joined(found)
+        yield from joined(found)
 
     def _visible_pairs(self) -> tuple[np.ndarray, np.ndarray, int]:
         """Pairs of pieces that may hold a visible element, by descending both trees, and the level that was reached."""
@@ -353,26 +316,3 @@ def _narrowed(tensor: torch.Tensor, dim: int, start: int, end: int) -> torch.Ten
     if tensor.dim() < -dim or tensor.shape[dim] == 1:
         return tensor
     return tensor.narrow(dim, start, end - start)
-
-
-def _joined(regions: list[Region]) -> list[Region]:
-    """Regions without a band of the same queries that lie side by side become one, then those of the same keys."""
-    across = _chained(regions, lambda each: (each.masked, each.q_start, each.q_end), ("k_start", "k_end"))
-    return _chained(across, lambda each: (each.masked, each.k_start, each.k_end), ("q_start", "q_end"))
-
-
-def _chained(regions: list[Region], key: Any, side: tuple[str, str]) -> list[Region]:
-    start, end = side
-    open_runs: dict[Any, Region] = {}
-    done = []
-    for each in sorted(regions, key=lambda region: getattr(region, start)):
-        if not (each.full or each.masked):
-            done.append(each)
-            continue
-        before = open_runs.get(key(each))
-        if before is not None and getattr(before, end) == getattr(each, start):
-            each = replace(before, **{end: getattr(each, end)})
-        elif before is not None:
-            done.append(before)
-        open_runs[key(each)] = each
-    return done + list(open_runs.values())

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 
-from sp_compile.kernels.plan import Region, between, plan_regions
+from sp_compile.kernels.plan import between, plan_regions
+from sp_compile.kernels.regions import Region
+from sp_compile.score_rule import assigns, evaluate
 
 FEW_QUERIES = 8
+AT_ONCE = 1 << 20  # pairs of a query and a key that are looked at together
 
 
 def plan_within(
@@ -24,18 +28,79 @@ def plan_within(
     Args:
         runs: ``q_start, q_end, k_start, k_end`` of each; no query sees a key elsewhere.
 
-    Where queries are few, their elements decide, which costs less than to plan, and nothing for each key on the host.
+    Where queries are few, all their pairs are looked at in one go, which costs less than to plan.
     """
     found: list[Region] = []
-    for q_start, q_end, k_start, k_end in runs:
-        if q_start == q_end:
+    few: list[Sequence[int]] = []
+    for run in runs:
+        q_start, q_end, k_start, k_end = run
+        if q_start == q_end or k_start == k_end:
             continue
         if q_end - q_start <= FEW_QUERIES:
-            found.append(Region(-1, q_start, q_end, k_start, k_end, masked=True))
+            few.append(run)
             continue
         own = between(operands, (q_start, q_end), (k_start, k_end))
         held = None if valid is None else valid[k_start:k_end]
         for each in plan_regions(own, tables, rule, held, q_end - q_start, k_end - k_start):
             rows = replace(each, q_start=each.q_start + q_start, q_end=each.q_end + q_start)
             found.append(replace(rows, k_start=each.k_start + k_start, k_end=each.k_end + k_start))
+    for part in _batches(few):
+        found += _of_few(part, operands, tables, rule, valid)
     return found
+
+
+def _batches(runs: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
+    batch: list[Sequence[int]] = []
+    pairs = 0
+    for run in runs:
+        area = (run[1] - run[0]) * (run[3] - run[2])
+        if batch and pairs + area > AT_ONCE:
+            yield batch
+            batch, pairs = [], 0
+        batch.append(run)
+        pairs += area
+    if batch:
+        yield batch
+
+
+def _of_few(
+    runs: Sequence[Sequence[int]],
+    operands: Sequence[torch.Tensor],
+    tables: Sequence[torch.Tensor],
+    rule: str,
+    valid: torch.Tensor | None,
+) -> Iterator[Region]:
+    """Each run as one region, full or masked, or none where nothing is seen."""
+    if not assigns(rule, "mask"):
+        yield from (Region(-1, *run) for run in runs)
+        return
+    q_start, q_end, k_start, k_end = np.asarray(runs, dtype=np.int64).T
+    keys = k_end - k_start
+    sizes = (q_end - q_start) * keys
+    ends = np.cumsum(sizes)
+    of = np.repeat(np.arange(len(runs)), sizes)
+    within = np.arange(int(ends[-1])) - (ends - sizes)[of]
+    device = operands[0].device
+    query = torch.from_numpy(q_start[of] + within // keys[of]).to(device)
+    key = torch.from_numpy(k_start[of] + within % keys[of]).to(device)
+    pairs = [_of_pairs(each, query, key) for each in operands]
+    seen = evaluate(rule, pairs, ("mask",), tables=tables)["mask"]
+    if valid is not None:
+        seen = seen & valid[key]
+    seen = seen.expand(*seen.shape[:-1], len(within)).reshape(-1, len(within)).cpu().numpy()
+    starts = ends - sizes
+    every = np.logical_and.reduceat(seen.all(axis=0), starts)
+    some = np.logical_or.reduceat(seen.any(axis=0), starts)
+    for i, run in enumerate(runs):
+        if some[i]:
+            yield Region(-1, *run, masked=not every[i])
+
+
+def _of_pairs(operand: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """An operand at pairs of query and key, ``[..., 1, pairs]``."""
+    if operand.dim() < 2:
+        return operand if operand.dim() == 0 or operand.shape[0] == 1 else operand[key]
+    queries, keys = operand.shape[-2:]
+    rows = query if queries > 1 else torch.zeros_like(query)
+    columns = key if keys > 1 else torch.zeros_like(key)
+    return operand[..., rows, columns].unsqueeze(-2)

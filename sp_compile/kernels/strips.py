@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-from sp_compile.kernels.plan import UNBOUNDED, Region
+from sp_compile.kernels.regions import UNBOUNDED, Region
 
 STRIP = 64  # rows of a masked strip
 TRIANGLE = 512  # rows up to which a triangle is cut into strips

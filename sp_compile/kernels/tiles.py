@@ -18,7 +18,9 @@ import torch
 from torch.nn import functional as F
 
 from sp_compile.kernels.dense import Partial, accumulated, dense_partial
-from sp_compile.kernels.plan import UNBOUNDED, Region, between, rows_of
+from sp_compile.kernels.plan import between, rows_of
+from sp_compile.kernels.regions import UNBOUNDED, Region
+from sp_compile.kernels.runs import FEW_QUERIES
 from sp_compile.kernels.strips import STRIP, TRIANGLE, Strip, strips
 from sp_compile.score_rule import assigns, evaluate
 
@@ -103,6 +105,13 @@ class _Call:
 
     def banded(self, region: Region) -> Iterator[Placed]:
         """A region without biases whose mask is a band."""
+        if region.full:
+            rows, keys = slice(region.q_start, region.q_end), slice(region.k_start, region.k_end)
+            yield (
+                (rows.start, rows.stop),
+                flash(self.q[:, :, rows], self.k[:, :, keys], self.v[:, :, keys], None, self.scale),
+            )
+            return
         merging = self.q.dtype in (torch.float32, torch.float64)
         for strip in strips(region, merging):
             if strip.repeats > 1:
@@ -188,6 +197,11 @@ def band_mask(rows: int, keys: int, low: int, high: int, dtype: torch.dtype) -> 
 def flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float) -> Partial:
     """torch's flash kernel, for value heads of another size than the keys' and keys and values of another dtype too."""
     k, v = k.to(q.dtype), v.to(q.dtype)
+    group = q.shape[1] // k.shape[1]
+    if group > 1 and q.shape[2] <= FEW_QUERIES and mask is None:  # heads of a group read their keys once
+        shape = q.shape
+        out, lse = flash(q.reshape(shape[0], k.shape[1], group * shape[2], shape[3]), k, v, None, scale)
+        return out.reshape(*shape[:3], v.shape[3]), lse.reshape(shape[:3])
     width, largest = v.shape[-1], max(q.shape[-1], v.shape[-1])
     if q.shape[-1] != width:
         q, k, v = (F.pad(each, (0, largest - each.shape[-1])) for each in (q, k, v))
