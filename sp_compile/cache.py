@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from transformers.cache_utils import Cache
 
+from sp_compile.cache_files import load, read_layout, save
 from sp_compile.compiled import Kept, Step, index_inputs
 from sp_compile.errors import CacheError
 from sp_compile.inputs import token_input
@@ -71,8 +73,8 @@ class ShardedCache(Cache):
         self.ledger = Ledger(group.size, page_size, pages)
         self.storages: list[Storage] = []
         self.rows: BatchRows | PackedRows | None = None
-        self._module = model.module
-        self._finished: set[int] = set()
+        self._module, self._group = model.module, model.group
+        self.finished: set[int] = set()
         self._pending: _Pending | None = None
 
     # what transformers asks of a cache
@@ -139,7 +141,7 @@ class ShardedCache(Cache):
     def numbers(self) -> set[int]:
         """Numbers of packed requests that are or were here, or are expected."""
         expected = self.rows.requests if isinstance(self.rows, PackedRows) else []
-        return {*self.ledger.requests, *expected, *self._finished}
+        return {*self.ledger.requests, *expected, *self.finished}
 
     def finish(self, request: int) -> None:
         """Forget a packed request; its pages serve others.
@@ -152,7 +154,7 @@ class ShardedCache(Cache):
         if request in self.ledger or request not in self.rows.requests:
             self.ledger.drop(request)
         self.rows.finish(request)
-        self._finished.add(request)
+        self.finished.add(request)
         self._forget(self.storages)
 
     def reset(self) -> None:
@@ -160,8 +162,37 @@ class ShardedCache(Cache):
         for request in self.ledger.requests:
             self.ledger.drop(request)
         self._forget(self.storages)
-        self._finished = set()
+        self.finished = set()
         self.rows = None
+
+    def save(self, folder: str | Path) -> None:
+        """Write the cache into a folder, as safetensors of each rank and the layout; call it on every rank.
+
+        Raises:
+            CacheError: the cache is empty.
+        """
+        save(self, Path(folder), self._module, self._group)
+
+    @classmethod
+    def load(
+        cls, folder: str | Path, model: ParallelModule, max_tokens: int | None = None, page_size: int = 256
+    ) -> ShardedCache:
+        """Read a saved cache, for any number of ranks; call it on every rank.
+
+        Args:
+            folder: where :meth:`save` wrote it; every rank reads it.
+            model: the model that filled it, parallel over as many ranks as it is now.
+            max_tokens, page_size: as for a new cache.
+
+        Raises:
+            CacheError: there is no whole cache, or it is another model's.
+            CacheFullError: it holds more than ``max_tokens``.
+        """
+        layout = read_layout(Path(folder), model.module)
+        dtype = None if layout["dtype"] is None else getattr(torch, layout["dtype"])
+        cache = cls(model, max_tokens, page_size, dtype)
+        load(cache, Path(folder), layout, next(model.module.parameters()).device)
+        return cache
 
     # what the parallel model does with it
 
@@ -210,7 +241,7 @@ class ShardedCache(Cache):
         if isinstance(self.rows, BatchRows):
             raise CacheError("the cache holds rows [B, S] and cannot go on with packed requests; make another")
         if self.rows.fit([*lengths], [*lengths.values()]):
-            self._renumber()
+            self._renumber(self.rows)
 
     def begin(self, named: Mapping[str, torch.Tensor], scheme: str) -> tuple[Step, dict[str, Any]]:
         """Give places to the new tokens of a call, and say how a forward over them runs, and on which inputs.
@@ -229,7 +260,7 @@ class ShardedCache(Cache):
         check_kind(rows, named)
         tokens, _ = token_input(named)
         requests, counts = rows.asked(named, tokens, self.get_seq_length(), self.batch_size)
-        finished = [each for each in requests if each in self._finished]
+        finished = [each for each in requests if each in self.finished]
         if finished:
             raise CacheError(f"request {finished[0]} is finished; pack its tokens under a new number")
         fresh = [each for each in requests if each not in self.ledger]
@@ -237,6 +268,8 @@ class ShardedCache(Cache):
             for each in fresh:
                 self.ledger.add(each)
             starts = self.ledger.lengths(requests)
+            if rows.fit(requests, (starts + np.asarray(counts)).tolist()):
+                self._renumber(rows)
             runs = [self.ledger.runs(requests, self.rank, each.window) for each in self.storages]
             places = self.ledger.append(requests, counts)
         except BaseException:
@@ -244,8 +277,6 @@ class ShardedCache(Cache):
                 self.ledger.drop(each)
             raise
         self.rows = rows
-        if rows.fit(requests, (starts + np.asarray(counts)).tolist()):
-            self._renumber()
         new_rows = torch.from_numpy(rows.starts(requests)[places.request] + places.position)
         own = torch.from_numpy(np.flatnonzero(places.rank == self.rank))
         self._pending = _Pending(requests, starts.tolist(), places, new_rows[own])
@@ -308,14 +339,13 @@ class ShardedCache(Cache):
             each.keep_only(self.ledger.runs(requests, self.rank, each.window)[:, 1:])
             self.ledger.shelves[each.window].released = False
 
-    def _renumber(self) -> None:
-        """Say for all tokens anew where in the row they are."""
-        assert self.rows is not None
+    def _renumber(self, row: BatchRows | PackedRows) -> None:
+        """Say for all tokens that are held anew where in the row they are."""
         requests = [each for each in self.ledger.requests if self.ledger.length(each)]
         counts = self.ledger.lengths(requests).tolist()
         places = self.ledger.place(requests, [0] * len(requests), counts)
         own = places.rank == self.rank
-        rows = torch.from_numpy((self.rows.starts(requests)[places.request] + places.position)[own])
+        rows = torch.from_numpy((row.starts(requests)[places.request] + places.position)[own])
         for each in self.storages:
             slots = self.ledger.slots(requests, places, self.rank, each.window)
             at = torch.from_numpy(np.flatnonzero(slots >= 0))

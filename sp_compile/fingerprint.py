@@ -61,10 +61,22 @@ def compare(group: Group, fields: Mapping[str, str]) -> None:
 def _exchange(group: Group, fields: Mapping[str, str]) -> list[Any]:
     if group.size == 1 or group.process_group is None:
         return [dict(fields)]
-    gathered: list[Any] = [None] * group.size
+    gathered: list[Any] = [dict(fields)] * group.size
     with naming_failed_ranks(group):
-        dist.all_gather_object(gathered, dict(fields), group=group.process_group)
+        if not _alike(group, fields):
+            dist.all_gather_object(gathered, dict(fields), group=group.process_group)
     return gathered
+
+
+def _alike(group: Group, fields: Mapping[str, str]) -> bool:
+    """Whether all ranks have the same to say, by 8 bytes of each."""
+    hashed = hashlib.sha256(repr(sorted(fields.items())).encode()).digest()
+    on_cpu = "gloo" in dist.get_backend(group.process_group)
+    device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
+    own = torch.frombuffer(bytearray(hashed[:8]), dtype=torch.int64).to(device)
+    found = [torch.empty_like(own) for _ in range(group.size)]
+    dist.all_gather(found, own, group=group.process_group)
+    return len({int(each) for each in found}) == 1
 
 
 @contextmanager

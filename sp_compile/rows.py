@@ -86,6 +86,14 @@ class BatchRows:
         """Keep what came with the tokens of the last call."""
         self.inputs = {name: each for name, each in self._whole.items() if not each.is_floating_point()}
 
+    def saved(self, requests: Sequence[int], lengths: Sequence[int]) -> dict[str, torch.Tensor]:
+        """What is to be kept on disk."""
+        return self.inputs
+
+    def restore(self, inputs: dict[str, torch.Tensor], requests: Sequence[int], lengths: Sequence[int]) -> None:
+        """Go on from what :meth:`saved` gave."""
+        self.inputs = inputs
+
     def crop(self, length: int) -> None:
         """Forget the tokens from ``length`` on."""
         self.inputs = {name: each[:, :length] for name, each in self.inputs.items()}
@@ -191,6 +199,18 @@ class PackedRows:
 
     def remember(self) -> None:
         """Keep what came with the tokens of the last call; it is kept already."""
+
+    def saved(self, requests: Sequence[int], lengths: Sequence[int]) -> dict[str, torch.Tensor]:
+        """What is to be kept on disk: the tokens of requests one after another."""
+        ids, starts = self.inputs["input_ids"][0], self.starts(requests).tolist()
+        parts = [ids[start : start + length] for start, length in zip(starts, lengths, strict=True)]
+        return {"input_ids": torch.cat(parts)[None]}
+
+    def restore(self, inputs: dict[str, torch.Tensor], requests: Sequence[int], lengths: Sequence[int]) -> None:
+        """Go on from what :meth:`saved` gave."""
+        self.fit(requests, lengths)
+        rows = [torch.arange(length) + start for length, start in zip(lengths, self.starts(requests), strict=True)]
+        self.inputs["input_ids"][0, torch.cat(rows)] = inputs["input_ids"][0].cpu()
 
     def finish(self, request: int) -> None:
         """Give a request's room to others."""

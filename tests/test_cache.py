@@ -208,3 +208,53 @@ def cropped_and_reset() -> list[float]:
 def test_a_cache_is_cropped_reordered_and_reset(ranks):
     for found in ranks(3).run(cropped_and_reset):
         assert max(found) <= 1e-5
+
+
+SAVED = {True: "gemma3_text", False: "mistral"}  # local and global layers, and local ones
+
+
+def saved(folder: str, packed: bool, dtype: torch.dtype | None) -> None:
+    parallel = sp_compile.parallelize(build(SAVED[packed]), codegen="eager")
+    cache, ids = sp_compile.ShardedCache(parallel, page_size=4, dtype=dtype), tokens(2, 60)
+    batch = sp_compile.pack([ids[0, :50], ids[1, :3]], numbers=[3, 8]) if packed else {"input_ids": ids[:, :50]}
+    with torch.no_grad():
+        parallel(**batch, past_key_values=cache)
+    cache.save(folder)
+
+
+def loaded(folder: str, packed: bool) -> float:
+    model = build(SAVED[packed])
+    parallel = sp_compile.parallelize(model, codegen="eager")
+    cache, ids = sp_compile.ShardedCache.load(folder, parallel, page_size=2), tokens(2, 60)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        if not packed:
+            return error(parallel(input_ids=ids[:, 50:], past_key_values=cache).logits, expected[:, 50:])
+        batch = sp_compile.pack([ids[1, 3:], ids[0, 50:]], numbers=[8, 3])
+        b, a = batch.split(parallel(**batch, past_key_values=cache).logits)
+    return max(error(a, expected[:1, 50:]), error(b, expected[1:, 3:]))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_saved_cache_goes_on_with_another_number_of_ranks(ranks, tmp_path, packed: bool):
+    ranks(3).run(saved, str(tmp_path), packed, None)
+    assert {each.name for each in tmp_path.iterdir()} == {"layout.json", "inputs.safetensors", *(
+        f"rank-{rank}.safetensors" for rank in range(3))}  # fmt: skip
+    for worst in ranks(2).run(loaded, str(tmp_path), packed):
+        assert worst <= 1e-5
+    assert loaded(str(tmp_path), packed) <= 1e-5
+    with pytest.raises(CacheError, match=r"holds the cache of a \w+; this is a LlamaForCausalLM"):
+        sp_compile.ShardedCache.load(tmp_path, sp_compile.parallelize(llama(), sp=1))
+    (tmp_path / "rank-1.safetensors").unlink()
+    with pytest.raises(CacheError, match=r"rank-1\.safetensors cannot be read"):
+        loaded(str(tmp_path), packed)
+    with pytest.raises(CacheError, match="holds no saved cache"):
+        sp_compile.ShardedCache.load(tmp_path / "nowhere", sp_compile.parallelize(llama(), sp=1))
+
+
+def test_a_saved_fp8_cache_is_one_again(tmp_path):
+    saved(str(tmp_path), False, torch.float8_e4m3fn)
+    parallel = sp_compile.parallelize(build(SAVED[False]), sp=1)
+    cache = sp_compile.ShardedCache.load(tmp_path, parallel)
+    assert {each.dtype for each in cache.tensors} == {torch.float8_e4m3fn}
+    assert 1e-6 < loaded(str(tmp_path), False) < 0.3
