@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from servers import Server, answer, serve, write
 
 import sp_compile
 from sp_compile.layout import _build as build_layout
@@ -96,78 +97,23 @@ def forward_of(kind: str, sp: int) -> Callable[[dict[str, torch.Tensor]], Any]:
     return forward
 
 
-def serve(kind: str, sp: int, threads: int, folder: str) -> None:
-    """What a process (or each rank of a launch) runs: one forward for each line of orders, until there are no more."""
-    import torch.distributed as dist
-
+def run(kind: str, sp: int, threads: int, folder: str) -> None:
+    """What a process (or each rank of a launch) runs: a forward for each order, timed or its memory measured."""
     torch.set_num_threads(threads)
     forward = forward_of(kind, sp)
-    rank = dist.get_rank() if dist.is_initialized() and sp > 1 else 0
-    step = 0
-    while True:
-        order = Path(folder, f"order-{step}")
-        while not order.exists():
-            time.sleep(0.002)
-        text = order.read_text()
-        if text == "end":
-            return
-        what, name = text.split(":")
+
+    def reply(order: str) -> float:
+        what, name = order.split(":")
         batch = batch_of(LENGTHS[name])
-        if sp > 1:
-            dist.barrier()
         if what == "memory":
             with PeakMemory(torch.device("cpu")) as peak:
                 forward(batch)
-            result: float = peak.bytes
-        else:
-            start = time.perf_counter()
-            forward(batch)
-            result = time.perf_counter() - start
-        write(Path(folder, f"result-{step}-{rank}"), json.dumps(result))
-        step += 1
+            return peak.bytes
+        start = time.perf_counter()
+        forward(batch)
+        return time.perf_counter() - start
 
-
-def write(path: Path, text: str) -> None:
-    """Write whole or not at all."""
-    part = path.with_name(f".{path.name}")
-    part.write_text(text)
-    part.rename(path)
-
-
-class Server:
-    """A setup's processes, fed through a folder of order files."""
-
-    def __init__(self, setup: Setup) -> None:
-        self.setup = setup
-        self.folder = tempfile.TemporaryDirectory(prefix="prefill-")
-        self.step = 0
-        command = [sys.executable, __file__, "--serve", setup.kind, str(setup.sp), str(setup.threads), self.folder.name]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(setup.threads), "OMP_WAIT_POLICY": "PASSIVE"}
-        self.process = subprocess.Popen(command, env=environment)
-
-    def ask(self, what: str, name: str, timeout: float = 600.0) -> float:
-        """The slowest rank's seconds, or the largest rank's bytes."""
-        write(Path(self.folder.name, f"order-{self.step}"), f"{what}:{name}")
-        results = []
-        deadline = time.monotonic() + timeout
-        for rank in range(self.setup.sp):
-            path = Path(self.folder.name, f"result-{self.step}-{rank}")
-            while not path.exists():
-                if self.process.poll() is not None or time.monotonic() > deadline:
-                    raise RuntimeError(f"{self.setup.name} ended or took longer than {timeout:g} s")
-                time.sleep(0.002)
-            results.append(json.loads(path.read_text()))
-        self.step += 1
-        return max(results)
-
-    def end(self) -> None:
-        """Stop the processes."""
-        write(Path(self.folder.name, f"order-{self.step}"), "end")
-        try:
-            self.process.wait(60)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-        self.folder.cleanup()
+    answer(folder, sp, reply)
 
 
 def speed(rounds: int) -> dict[str, dict[str, Any]]:
@@ -175,18 +121,18 @@ def speed(rounds: int) -> dict[str, dict[str, Any]]:
     servers = []
     try:
         for setup in SETUPS:
-            servers.append(Server(setup))
+            servers.append(Server(setup.name, __file__, [setup.kind], setup.sp, setup.threads))
             for name in LENGTHS:  # compile before the next is started
-                servers[-1].ask("time", name)
+                servers[-1].ask(f"time:{name}")
             print(f"ready: {setup.name}", file=sys.stderr)
         times: dict[str, dict[str, list[float]]] = {name: {s.name: [] for s in SETUPS} for name in LENGTHS}
         for each in range(rounds):
             for name in LENGTHS:
                 for server in servers:
-                    times[name][server.setup.name].append(server.ask("time", name))
+                    times[name][server.name].append(server.ask(f"time:{name}"))
             print(f"round {each + 1} of {rounds}", file=sys.stderr)
         memory = {
-            name: {s.setup.name: statistics.median(s.ask("memory", name) for _ in range(5)) for s in servers}
+            name: {s.name: statistics.median(s.ask(f"memory:{name}") for _ in range(5)) for s in servers}
             for name in LENGTHS
         }
     finally:
@@ -283,11 +229,7 @@ def main() -> None:
     parser.add_argument("--serve", nargs=4, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.serve:
-        kind, sp, threads, folder = chosen.serve
-        if int(sp) > 1:
-            sp_compile.launch(serve, int(sp), kind, int(sp), int(threads), folder, timeout=7200)
-        else:
-            serve(kind, 1, int(threads), folder)
+        serve(run, chosen.serve)
         return
     parts: dict[str, Callable[[], Any]] = {
         "layout": layout_seconds,

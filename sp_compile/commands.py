@@ -14,6 +14,7 @@ from rich.console import Console
 from sp_compile import __version__, display
 from sp_compile.config import load_config
 from sp_compile.errors import ConfigError
+from sp_compile.generation_job import GenerationResult, run_generation
 from sp_compile.job import JobResult, explain_job, run_job
 from sp_compile.pipeline import registered_passes
 
@@ -55,7 +56,7 @@ def run(
     overrides: Overrides = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the results here too.")] = None,
 ) -> None:
-    """Prefill a batch over ranks, and compare with the unsharded model.
+    """Prefill a batch over ranks, or generate from it, and compare with the unsharded model.
 
     Starts its own local ranks; under torchrun it uses those.
     """
@@ -63,10 +64,14 @@ def run(
     target = json_file or (Path(job.run.json) if job.run.json else None)
     if target is not None and not target.parent.is_dir():
         raise ConfigError(f"{target} cannot be written: there is no directory {str(target.parent)!r}")
-    result = run_job(job, display.progress)
+    generates = job.generate.max_new_tokens is not None
+    result = run_generation(job, display.progress) if generates else run_job(job, display.progress)
     if result is None:
         return
-    display.show_result(result, Console())
+    if isinstance(result, GenerationResult):
+        display.show_generation(result, Console())
+    else:
+        display.show_result(result, Console())
     if target is not None:
         write_json(result, target)
     if not result.ok:
@@ -91,7 +96,7 @@ def passes() -> None:
     display.show_passes(registered_passes(), Console())
 
 
-def write_json(result: JobResult, target: Path) -> None:
+def write_json(result: JobResult | GenerationResult, target: Path) -> None:
     """Write a result whole or not at all.
 
     Raises:

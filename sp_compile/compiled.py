@@ -116,6 +116,11 @@ class Variant:
     steps: list[PassStep]
     local: LocalProgram
     index_names: list[str]
+    measured: dict[str, tuple[int, int]]  # symbols that are the size of an input of the model: which, and its dim
+
+    def sizes(self, step: Step, inputs: Sequence[Any]) -> dict[str, int]:
+        """True values of the sizes that are symbols."""
+        return {name: int(inputs[i].shape[dim]) for name, (i, dim) in self.measured.items()} | step.sizes()
 
 
 @dataclass
@@ -181,7 +186,7 @@ class Compiled:
             local = LocalProgram(program, lambda sizes: self._build(kind, sizes), self._codegen)
             placeholders = program.graph.find_nodes(op="placeholder")
             names = [node.meta["index_input"] for node in placeholders if "index_input" in node.meta]
-            self._variants[kind] = Variant(program, steps, local, names)
+            self._variants[kind] = Variant(program, steps, local, names, _measured(program))
         return self._variants[kind]
 
     def run(self, inputs: Sequence[Any], step: Step) -> tuple[list[Any], Kept]:
@@ -190,7 +195,8 @@ class Compiled:
         indices = dict(step.index_inputs) | {f"held_{i}": each for i, each in enumerate(step.held)}
         if step.isolated:
             indices |= request_inputs(step.lengths, indices["rank"].device)
-        found = variant.local([*inputs, *(indices[name] for name in variant.index_names)], step.sizes())
+        sizes = variant.sizes(step, inputs)
+        found = variant.local([*inputs, *(indices[name] for name in variant.index_names)], sizes)
         windows = variant.program.kept
         ours = len(found) - len(windows)
         return list(found[:ours]), Kept(found[ours:], windows)
@@ -202,7 +208,8 @@ class Compiled:
         rows = attention_rows(analysis.isolation.masks, inputs, sum(step.lengths))
         if step.cached:
             rows = rows[step.index_inputs["new_rows"].cpu().numpy()]
-        return make_report(variant.program, variant.steps, step.layout, rows, step.sizes())
+        sizes = variant.sizes(step, self._inputs)
+        return make_report(variant.program, variant.steps, step.layout, rows, sizes)
 
     def _named(self, analysis: Analysis) -> dict[str, Any]:
         named = dict(zip(analysis.names, self._inputs, strict=True))
@@ -218,6 +225,19 @@ class Compiled:
             isolation = find_isolation(program, torch.device("cpu") if on_meta else None)
             self._analyses[isolated] = Analysis(isolation, names)
         return self._analyses[isolated]
+
+
+def _measured(program: Program) -> dict[str, tuple[int, int]]:
+    """The symbols of the local graph that are the size of an input, by name."""
+    found: dict[str, tuple[int, int]] = {}
+    names = {size.node.expr: name for name, size in program.symbols.items()}
+    for i, node in enumerate(program.graph.find_nodes(op="placeholder")):
+        value = node.meta.get("val")
+        if "index_input" not in node.meta and isinstance(value, torch.Tensor):
+            for dim, size in enumerate(value.shape):
+                if isinstance(size, torch.SymInt) and size.node.expr in names:
+                    found.setdefault(names[size.node.expr], (i, dim))
+    return found
 
 
 def _is_meta(node: fx.Node) -> bool:

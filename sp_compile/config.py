@@ -22,9 +22,10 @@ CHOICES = {
     "dtype": ("float32", "float64", "bfloat16", "float16"),
     "split": ("passages", "lines", "files"),
     "device": ("auto", "cpu", "cuda"),
+    "cache_dtype": (None, "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"),
 }
 Config = TypeVar("Config", "CompileConfig", "JobConfig")
-AT_LEAST_1 = ("sp", "repeats", "max_requests", "max_tokens")
+AT_LEAST_1 = ("sp", "repeats", "max_requests", "max_tokens", "max_new_tokens", "prefill_tokens")
 
 
 class _Checked:
@@ -33,7 +34,7 @@ class _Checked:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if name in CHOICES and value not in CHOICES[name]:
-                raise ConfigError(f"{name}={value!r} is not known; pass one of {', '.join(CHOICES[name])}")
+                raise ConfigError(f"{name}={value!r} is not known; pass one of {', '.join(map(str, CHOICES[name]))}")
             if name in AT_LEAST_1 and value is not None and value < 1:
                 raise ConfigError(f"{name}={value!r} is too small; pass at least 1")
 
@@ -109,6 +110,31 @@ class RequestsConfig(_Checked):
 
 
 @dataclass
+class GenerateConfig(_Checked):
+    """What the job generates, if anything.
+
+    Attributes:
+        max_new_tokens: for each request; null for a job that only prefills.
+        do_sample: sample, request i with random numbers seeded by ``seed + i``; else the most probable token.
+        temperature, top_k, top_p: as in transformers; null for its defaults.
+        seed: of the random numbers.
+        prefill_tokens: prompts are prefilled so many tokens at a time.
+        page_size: tokens of a request that a rank stores together.
+        cache_dtype: of the cache; null for the model's.
+    """
+
+    max_new_tokens: int | None = None
+    do_sample: bool = False
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+    prefill_tokens: int = 8192
+    page_size: int = 256
+    cache_dtype: str | None = None
+
+
+@dataclass
 class RunConfig(_Checked):
     """How the job runs.
 
@@ -137,6 +163,7 @@ class JobConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     requests: RequestsConfig = field(default_factory=RequestsConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
     compile: CompileConfig = field(default_factory=CompileConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
@@ -144,6 +171,7 @@ class JobConfig:
 SECTIONS: dict[str, type] = {
     "model": ModelConfig,
     "requests": RequestsConfig,
+    "generate": GenerateConfig,
     "compile": CompileConfig,
     "run": RunConfig,
 }

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from sp_compile.generation_job import GenerationResult
 from sp_compile.job import JobResult
 from sp_compile.pipeline import Pass
 from sp_compile.report import Report
@@ -71,6 +72,41 @@ def _summary(result: JobResult) -> Table:
         table.add_row("requests isolated", result.isolation)
     table.add_row("fallbacks", str(sum(each["count"] for each in result.fallbacks)))
     return table
+
+
+def show_generation(result: GenerationResult, console: Console) -> None:
+    """The result of a generating job as a table."""
+    run, chosen = result.config["run"], result.config["generate"]
+    console.print(
+        f"{result.model}, {result.parameters / 1e6:.1f} M parameters, {result.config['model']['dtype']} "
+        f"on {result.device}; {len(result.lengths)} requests of {min(result.lengths)} to {max(result.lengths)} tokens, "
+        f"up to {chosen['max_new_tokens']} new ones each; over {run['sp']} ranks",
+        highlight=False,
+    )
+    table = Table(show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    whole, new = result.unsharded, sum(result.new_tokens)
+    if whole is not None:
+        colour = "bold green" if whole.same == whole.tokens else "bold yellow" if result.ok else "bold red"
+        same = Text(f"{whole.same} of {whole.tokens}", colour)
+        table.add_row("tokens that the unsharded model generates too", same)
+    ends = ", ".join(f"{result.finish_reasons.count(each)} {each}" for each in sorted({*result.finish_reasons}))
+    table.add_row("requests ended by", ends)
+    table.add_row("first run, with compilation", f"{result.first_seconds:.1f} s")
+    prompts, ranks = sum(result.lengths), _count(run["sp"], "rank")
+    table.add_row(f"prefill, {ranks} x {_count(result.threads_per_rank, 'thread')}",
+                  f"{prompts / result.prefill_seconds:.0f} tokens/s")  # fmt: skip
+    decoded = new - len([each for each in result.new_tokens if each])
+    if decoded:
+        table.add_row("decode", f"{decoded / result.decode_seconds:.1f} tokens/s")
+    total = result.prefill_seconds + result.decode_seconds
+    table.add_row("all of it", f"{total:.2f} s")
+    if whole is not None:
+        table.add_row(f"generate() of transformers, {_count(whole.threads, 'thread')}", f"{whole.seconds:.2f} s")
+    table.add_row("cache of each rank", ", ".join(map(_bytes, result.cache_bytes)))
+    table.add_row("bytes sent by each rank for a new token", _bytes(result.bytes_sent / result.step_requests))
+    console.print(table)
 
 
 def _ranks(result: JobResult) -> Table:

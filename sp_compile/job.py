@@ -20,7 +20,7 @@ from sp_compile.errors import ConfigError
 from sp_compile.inputs import forward_options, requests_alone
 from sp_compile.launch import launch
 from sp_compile.loading import build_model, read_requests
-from sp_compile.measure import PeakMemory, machine, median_seconds, seconds, versions
+from sp_compile.measure import PeakMemory, machine, median_seconds, seconds, threads_of_all, versions
 from sp_compile.report import Report
 
 Show = Callable[[str], AbstractContextManager[Any]]  # announces a step; entered while it runs
@@ -80,7 +80,7 @@ class JobResult:
         return self.unsharded is None or self.unsharded.ok
 
 
-def _silent(_: str) -> AbstractContextManager[Any]:
+def silent(_: str) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
@@ -89,7 +89,17 @@ def under_torchrun() -> bool:
     return dist.is_torchelastic_launched()
 
 
-def run_job(job: JobConfig, show: Show = _silent) -> JobResult | None:
+def world_rank() -> int:
+    """The number of this process among all."""
+    return int(os.environ.get("RANK", 0))
+
+
+def local_rank() -> int:
+    """The number of this process on its machine."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def run_job(job: JobConfig, show: Show = silent) -> JobResult | None:
     """Run the job on new local ranks or, under torchrun, as one of its ranks.
 
     Args:
@@ -105,11 +115,16 @@ def run_job(job: JobConfig, show: Show = _silent) -> JobResult | None:
     """
     if job.run.compare and job.compile.outputs != "full":
         raise ConfigError('compile.outputs="sharded" leaves nothing whole to compare; set run.compare=false')
+    result: JobResult | None = on_ranks(run_rank, job, show)
+    return result
+
+
+def on_ranks(run: Callable[[JobConfig, Show], Any], job: JobConfig, show: Show) -> Any:
+    """What rank 0 returns of a job that runs on new local ranks or, under torchrun, on those there are."""
     if under_torchrun():
-        return run_rank(job, show)
+        return run(job, show)
     device_of(job, 0)
-    results: list[JobResult] = launch(run_rank, job.run.sp, job, show, timeout=job.run.timeout)
-    return results[0]
+    return launch(run, job.run.sp, job, show, timeout=job.run.timeout)[0]
 
 
 def device_of(job: JobConfig, local_rank: int) -> torch.device:
@@ -141,22 +156,21 @@ def explain_job(job: JobConfig) -> Report:
     return explain(model, batch, sp=job.run.sp, config=job.compile)
 
 
-def run_rank(job: JobConfig, show: Show = _silent) -> JobResult | None:
+def run_rank(job: JobConfig, show: Show = silent) -> JobResult | None:
     """What each rank runs; rank 0 of the world returns the result."""
-    world_rank = int(os.environ.get("RANK", 0))
-    show = show if world_rank == 0 else _silent
-    device = device_of(job, int(os.environ.get("LOCAL_RANK", 0)))
+    show = show if world_rank() == 0 else silent
+    device = device_of(job, local_rank())
     with show("building the model and reading the requests"):
         model, batch = load(job, device)
     parallel = parallelize(model, sp=job.run.sp, config=job.compile)
     forward = _forward(parallel, batch)
     with show("first forward: capturing, rewriting, generating code"):
-        first = seconds(forward, device, _barrier)
+        first = seconds(forward, device, barrier)
     with show(f"{job.run.warmup + job.run.repeats} more forwards"):
         for _ in range(job.run.warmup):
             forward()
-        median = median_seconds(forward, job.run.repeats, device, _barrier)
-        _barrier()
+        median = median_seconds(forward, job.run.repeats, device, barrier)
+        barrier()
         with PeakMemory(device) as peak:
             output = forward()
     report = parallel.report()
@@ -167,13 +181,13 @@ def run_rank(job: JobConfig, show: Show = _silent) -> JobResult | None:
         peak_bytes=peak.bytes,
         forward_seconds=median,
     )
-    ranks: list[RankResult] = _gather(own)[: job.run.sp]
+    ranks: list[RankResult] = gathered(own)[: job.run.sp]
     unsharded = None
-    if job.run.compare and world_rank == 0:
+    if job.run.compare and world_rank() == 0:
         with show("the unsharded model, for comparison"):
             unsharded = compare(job, parallel.module, batch, output, alone=parallel.isolated)
-    _barrier()
-    if world_rank != 0:
+    barrier()
+    if world_rank() != 0:
         return None
     return JobResult(
         model=type(model).__name__,
@@ -215,29 +229,28 @@ def compare(
     ``alone`` runs each request for itself, for a model that would mix them.
     """
     forward = _forward(model, batch, alone)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(min(threads * job.run.sp, len(os.sched_getaffinity(0))))
-    for _ in range(job.run.warmup):
-        forward()
-    median = median_seconds(forward, job.run.repeats, logits.device, lambda: None)
-    with PeakMemory(logits.device) as peak:
-        expected = forward()
-    used = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    with threads_of_all(job.run.sp) as threads:
+        for _ in range(job.run.warmup):
+            forward()
+        median = median_seconds(forward, job.run.repeats, logits.device, lambda: None)
+        with PeakMemory(logits.device) as peak:
+            expected = forward()
     difference = float((logits.double() - expected.double()).abs().max())
     scale = float(expected.double().abs().max())
     limit = TOLERANCE[expected.dtype] * scale
-    return Unsharded(median, used, peak.bytes, difference, scale, limit, difference <= limit)
+    return Unsharded(median, threads, peak.bytes, difference, scale, limit, difference <= limit)
 
 
-def _barrier() -> None:
+def barrier() -> None:
+    """Wait for all ranks of the world."""
     if dist.is_initialized():
         dist.barrier()
 
 
-def _gather(own: RankResult) -> list[RankResult]:
+def gathered(own: Any) -> list[Any]:
+    """What each rank of the world has."""
     if not dist.is_initialized():
         return [own]
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, own)
-    return gathered
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    return found

@@ -147,9 +147,12 @@ class Shelf:
             yield start * self.page, start * self.page + size
             left -= size
 
-    def forgotten(self, request: int) -> int:
-        """Tokens at the start of a request that are on no page any more, at most."""
-        return max((each.low for each in self._of(request)), default=0) * self.page * self.sp
+    def forgotten(self, request: int, first: int) -> int:
+        """Where the tokens of a request begin that are all on pages still; its first is on rank ``first``."""
+        return max(
+            ((each.low * self.page - 1) * self.sp + (rank - first) % self.sp + 1 if each.low else 0)
+            for rank, each in enumerate(self._of(request))
+        )
 
     def drop(self, request: int) -> None:
         """Forget a request; its pages become free."""
@@ -220,7 +223,8 @@ class Ledger:
 
     def held_of(self, request: int) -> np.ndarray:
         """Tokens of a request on each rank, int64 ``[sp]``."""
-        return self._held[self._rows([request])[0]].copy()
+        held: np.ndarray = self._held[self._rows([request])[0]].copy()
+        return held
 
     def add(self, request: int, first: int | None = None) -> None:
         """A new request, without tokens yet; its first goes to rank ``first``, or to the one that holds the least."""
@@ -303,8 +307,9 @@ class Ledger:
         """
         rows = self._rows([request])
         assert 0 <= length <= self._length[rows[0]], (length, self._length[rows[0]])
+        first = int(self._first[rows[0]])
         for window, shelf in self.shelves.items():
-            if length and window is not None and length - window + 1 < shelf.forgotten(request):
+            if length and window is not None and max(length - window + 1, 0) < shelf.forgotten(request, first):
                 raise CacheError(
                     f"request {request} cannot go back to {length} tokens: layers with a window of {window} keep "
                     f"no more than that of its {int(self._length[rows[0]])}; keep the cache from before, or start anew"

@@ -9,7 +9,7 @@ import platform
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,17 @@ def seconds(run: Callable[[], Any], device: torch.device, before: Callable[[], N
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def threads_of_all(ranks: int) -> Iterator[int]:
+    """Run on the threads that the ranks of this machine have together; how many these are."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(min(threads * ranks, len(os.sched_getaffinity(0))))
+    try:
+        yield torch.get_num_threads()
+    finally:
+        torch.set_num_threads(threads)
 
 
 class PeakMemory:

@@ -72,7 +72,7 @@ def test_any_events_leave_every_token_in_a_slot_of_its_own_where_readers_look(ev
                 try:
                     ledger.crop(request, shorter)
                 except CacheError:
-                    assert shorter - window + 1 < ledger.shelves[window].forgotten(request)
+                    assert shorter - window + 1 < ledger.shelves[window].forgotten(request, ledger.first(request))
                 else:
                     lengths[request] = shorter
             else:

@@ -72,7 +72,7 @@ def _of_few(
 ) -> Iterator[Region]:
     """Each run as one region, full or masked, or none where nothing is seen."""
     if not assigns(rule, "mask"):
-        yield from (Region(-1, *run) for run in runs)
+        yield from (_region(run) for run in runs)
         return
     q_start, q_end, k_start, k_end = np.asarray(runs, dtype=np.int64).T
     keys = k_end - k_start
@@ -87,13 +87,18 @@ def _of_few(
     seen = evaluate(rule, pairs, ("mask",), tables=tables)["mask"]
     if valid is not None:
         seen = seen & valid[key]
-    seen = seen.expand(*seen.shape[:-1], len(within)).reshape(-1, len(within)).cpu().numpy()
+    rows = seen.expand(*seen.shape[:-1], len(within)).reshape(-1, len(within)).cpu().numpy()
     starts = ends - sizes
-    every = np.logical_and.reduceat(seen.all(axis=0), starts)
-    some = np.logical_or.reduceat(seen.any(axis=0), starts)
+    every = np.logical_and.reduceat(rows.all(axis=0), starts)
+    some = np.logical_or.reduceat(rows.any(axis=0), starts)
     for i, run in enumerate(runs):
         if some[i]:
-            yield Region(-1, *run, masked=not every[i])
+            yield _region(run, masked=not every[i])
+
+
+def _region(run: Sequence[int], masked: bool = False) -> Region:
+    q_start, q_end, k_start, k_end = run
+    return Region(-1, q_start, q_end, k_start, k_end, masked=masked)
 
 
 def _of_pairs(operand: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,90 @@
+"""Processes of several setups that live through a whole benchmark and answer in turn, so that runs interleave."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch.distributed as dist
+
+import sp_compile
+
+
+class Server:
+    """A setup's processes, fed through a folder of order files.
+
+    Args:
+        name: of the setup.
+        script: what is run, with ``--serve``, the arguments, and the folder; it calls :func:`serve`.
+    """
+
+    def __init__(self, name: str, script: str, arguments: Sequence[str], sp: int, threads: int) -> None:
+        self.name, self.sp = name, sp
+        self.folder = tempfile.TemporaryDirectory(prefix="benchmark-")
+        self.step = 0
+        command = [sys.executable, script, "--serve", *arguments, str(sp), str(threads), self.folder.name]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+        self.process = subprocess.Popen(command, env=environment)
+
+    def ask(self, order: str, timeout: float = 1200.0) -> float:
+        """The largest of the ranks' answers."""
+        write(Path(self.folder.name, f"order-{self.step}"), order)
+        results = []
+        deadline = time.monotonic() + timeout
+        for rank in range(self.sp):
+            path = Path(self.folder.name, f"result-{self.step}-{rank}")
+            while not path.exists():
+                if self.process.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError(f"{self.name} ended or took longer than {timeout:g} s")
+                time.sleep(0.002)
+            results.append(json.loads(path.read_text()))
+        self.step += 1
+        return max(results)
+
+    def end(self) -> None:
+        """Stop the processes."""
+        write(Path(self.folder.name, f"order-{self.step}"), "end")
+        try:
+            self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+        self.folder.cleanup()
+
+
+def serve(run: Callable[..., None], arguments: Sequence[str]) -> None:
+    """Start what ``--serve`` asks for: ``run(*arguments, sp, threads, folder)`` on each rank."""
+    *own, sp, threads, folder = arguments
+    if int(sp) > 1:
+        sp_compile.launch(run, int(sp), *own, int(sp), int(threads), folder, timeout=7200)
+    else:
+        run(*own, 1, int(threads), folder)
+
+
+def answer(orders: str, sp: int, reply: Callable[[str], float]) -> None:
+    """Answer order by order until there are no more; ranks begin each together."""
+    rank = dist.get_rank() if dist.is_initialized() and sp > 1 else 0
+    step = 0
+    while True:
+        order = Path(orders, f"order-{step}")
+        while not order.exists():
+            time.sleep(0.002)
+        text = order.read_text()
+        if text == "end":
+            return
+        if sp > 1:
+            dist.barrier()
+        write(Path(orders, f"result-{step}-{rank}"), json.dumps(reply(text)))
+        step += 1
+
+
+def write(path: Path, text: str) -> None:
+    """Write whole or not at all."""
+    part = path.with_name(f".{path.name}")
+    part.write_text(text)
+    part.rename(path)

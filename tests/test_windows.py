@@ -1,0 +1,59 @@
+"""How far back an attention sees, as far as its rule proves it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from sp_compile import ops
+from sp_compile.windows import window_of
+from tests.passes.graphs import after, embeds, qkv, repeated
+
+Mask = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def masked(mask: Mask) -> Any:
+    def forward(self: Any, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        q, k, v = qkv(inputs_embeds)
+        rows = torch.arange(inputs_embeds.shape[1])
+        seen = mask(rows[:, None], rows[None, :])
+        return F.scaled_dot_product_attention(q, repeated(k), repeated(v), attn_mask=seen[None, None])
+
+    return forward
+
+
+@pytest.mark.parametrize(
+    ("mask", "window"),
+    [
+        (lambda q, k: (k <= q) & (k > q - 7), 7),
+        (lambda q, k: (k <= q) & (k >= q - 7), 8),
+        (lambda q, k: (q - k < 7) & (k <= q), 7),
+        (lambda q, k: (q + 3 < k + 10) & (k <= q), 7),
+        (lambda q, k: (k <= q) & (k > q - 7) & (k > q - 5), 5),
+        (lambda q, k: k <= q, None),
+        (lambda q, k: (k <= q) & ((k > q - 7) | (k < 2)), None),  # what begins the row is always seen
+        (lambda q, k: (k <= q) & (2 * k > q - 7), None),
+        (lambda q, k: (k <= q) & (k // 8 == q // 8), None),  # no more than 8, but another bound for each
+        (lambda q, k: (k <= q) & (k.flip(-1) > q - 7), None),
+    ],
+)
+def test_a_window_is_what_a_rule_over_row_numbers_says(mask: Mask, window: int | None):
+    program = after("propagate_placements", masked(mask), embeds(32))
+    (node,) = ops.attention_nodes(program.graph)
+    assert window_of(node, program.tokens) == window
+
+
+def test_positions_that_come_from_outside_prove_nothing():
+    def forward(self: Any, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        q, k, v = qkv(inputs_embeds)
+        rows, keys = position_ids[0][:, None], position_ids[0][None, :]
+        seen = ((keys <= rows) & (keys > rows - 7))[None, None]
+        return F.scaled_dot_product_attention(q, repeated(k), repeated(v), attn_mask=seen)
+
+    program = after("propagate_placements", forward, embeds(32) | {"position_ids": torch.arange(11)[None]})
+    (node,) = ops.attention_nodes(program.graph)
+    assert window_of(node, program.tokens) is None
