@@ -8,7 +8,7 @@ from typing import Any
 
 import sympy
 import torch
-from torch import fx
+from torch import fx, nn
 from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
 from torch.fx import traceback
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -165,3 +165,17 @@ def _find_tokens(gm: fx.GraphModule) -> tuple[dict[str, int], sympy.Symbol | Non
             if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol):
                 return {node.name: dim}, size.node.expr
     return {}, None
+
+
+def is_specialised(error: BaseException) -> bool:
+    """Whether capture failed because the model fixes the token length."""
+    return type(error).__name__ == "ConstraintViolationError" or "Constraints violated" in str(error)
+
+
+def graph_break(module: nn.Module, error: BaseException) -> str:
+    """What stopped the capture and where, in the user's code rather than torch's."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    frames = [line for line in lines if line.startswith("File ")]
+    own = [line for line in frames if "/torch/" not in line]
+    where = f" at {(own or frames)[-1]}" if frames else ""
+    return f"{type(module).__name__} does not capture into one graph{where}: {' '.join(lines[:3])}"

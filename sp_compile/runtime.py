@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,7 +16,7 @@ import torch
 from torch import fx, nn
 
 from sp_compile import fingerprint
-from sp_compile.capture import capture, keep_sources
+from sp_compile.capture import capture, graph_break, is_specialised, keep_sources
 from sp_compile.compiled import Compiled, Kept, Kind, Step, index_inputs
 from sp_compile.config import CompileConfig
 from sp_compile.errors import (
@@ -122,8 +123,9 @@ class ParallelModule(nn.Module):
         """
         if self.training:
             raise UnsupportedModelError("training through sp_compile is not supported yet; call model.eval()")
-        if kwargs.get("past_key_values") is not None:
-            return self.forward_with_cache(args, kwargs)
+        named = dict(zip(self._signature.parameters, args, strict=False)) | kwargs
+        if named.get("past_key_values") is not None:
+            return self.forward_with_cache((), named)
         kwargs = self.options(kwargs, args)
         with fingerprint.naming_failed_ranks(self.group):
             named, self.layout = self._agree(args, kwargs)
@@ -263,8 +265,8 @@ class ParallelModule(nn.Module):
         return named, token_layout(lengths, self.group.size, self.compile_config.scheme, min_shard_length=2)
 
     def _device(self, named: Mapping[str, torch.Tensor]) -> torch.device:
-        tensors = (*self.module.parameters(), *self.module.buffers(), token_input(named)[1])
-        return tensors[0].device
+        tensors = (self.module.parameters(), self.module.buffers(), [token_input(named)[1]])
+        return next(itertools.chain(*tensors)).device
 
     def _prepare(self, named: Mapping[str, torch.Tensor], layout: TokenLayout) -> Step:
         tokens = token_input(named)[1]
@@ -313,9 +315,9 @@ class ParallelModule(nn.Module):
         try:
             return self._traced(args, kwargs, length if dynamic else 0)
         except torch._dynamo.exc.UserError as error:
-            raise CaptureError(_graph_break(self.module, error)) from error
+            raise CaptureError(graph_break(self.module, error)) from error
         except Exception as error:
-            if dynamic and _is_specialised(error):
+            if dynamic and is_specialised(error):
                 self._static.add(key)
                 return self._traced(args, kwargs, 0)
             raise
@@ -331,7 +333,7 @@ class ParallelModule(nn.Module):
                 raise error.inner_exception from None
             raise
         except torch._dynamo.exc.Unsupported as error:
-            raise CaptureError(_graph_break(self.module, error)) from error
+            raise CaptureError(graph_break(self.module, error)) from error
 
     def _backend(self, gm: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
         keep_sources(gm)
@@ -386,16 +388,3 @@ def _with_signature_of(model: Callable[..., Any], run: Callable[..., Any]) -> Ca
 @lru_cache(maxsize=8)
 def _index_inputs(layout: TokenLayout, rank: int, device: torch.device) -> dict[str, torch.Tensor]:
     return {name: each.to(device) for name, each in index_inputs(layout, rank).items()}
-
-
-def _is_specialised(error: BaseException) -> bool:
-    return type(error).__name__ == "ConstraintViolationError" or "Constraints violated" in str(error)
-
-
-def _graph_break(module: nn.Module, error: BaseException) -> str:
-    """What stopped the capture and where, in the user's code rather than torch's."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    frames = [line for line in lines if line.startswith("File ")]
-    own = [line for line in frames if "/torch/" not in line]
-    where = f" at {(own or frames)[-1]}" if frames else ""
-    return f"{type(module).__name__} does not capture into one graph{where}: {' '.join(lines[:3])}"

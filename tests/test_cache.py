@@ -65,13 +65,26 @@ def test_one_rank():
     assert max(in_chunks("llama", "eager", [[1] * 12, [3, 9]])) <= 1e-5
 
 
+class Numbers:
+    """A tokenizer for which text is the numbers of tokens."""
+
+    def decode(self, ids: list[int], **_: Any) -> str:
+        return "".join(f"{each} " for each in ids)
+
+
 def generated(name: str, codegen: str) -> dict[str, bool]:
     model = build(name)
+    from transformers import TextIteratorStreamer
+
     parallel = sp_compile.parallelize(model, codegen=codegen)
     ids, mask = tokens(3, 9), torch.ones(3, 9, dtype=torch.int64)
     mask[0, :4], mask[2, :1] = 0, 0
     options = {"attention_mask": mask, "max_new_tokens": 12, "pad_token_id": 0, "eos_token_id": 2}
     found = {}
+    streamer = TextIteratorStreamer(Numbers(), skip_prompt=True)  # type: ignore[arg-type]
+    parallel.generate(ids[1:2], max_new_tokens=5, do_sample=False, eos_token_id=-1, pad_token_id=0, streamer=streamer)
+    whole = model.generate(ids[1:2], max_new_tokens=5, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    found["streamed"] = "".join(streamer) == Numbers().decode(whole[0, 9:].tolist())
     for kind, more in {
         "greedy": {"do_sample": False},
         "sampled": {"do_sample": True, "temperature": 0.8, "top_k": 20},
@@ -173,6 +186,16 @@ def test_what_does_not_fit_is_refused_and_the_cache_stays_as_it_was(ranks):
         assert "made for another model" in found["model"]
         assert "the values of input_ids" in found["ranks"]
         assert "changed since the last forward" in found["edited"]
+
+
+def test_a_cache_may_be_passed_by_its_place():
+    model = llama()
+    parallel = sp_compile.parallelize(model, sp=1, codegen="eager")
+    ids, cache = tokens(1, 9), sp_compile.ShardedCache(parallel)
+    with torch.no_grad():
+        parallel(ids[:, :6], None, None, cache)
+        found = parallel(ids[:, 6:], None, None, cache).logits
+        assert error(found, model(ids, use_cache=False).logits[:, 6:]) <= 1e-5
 
 
 def test_hidden_states_come_for_the_new_tokens_of_a_model_that_never_recorded_them():

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 import tracemalloc
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from sp_compile.kernels import plan
 from sp_compile.kernels.plan import plan_regions
 from sp_compile.kernels.regions import Region, as_regions, as_tensor
 from sp_compile.layout import token_layout
@@ -22,6 +24,12 @@ from sp_compile.score_rule import evaluate
 CAUSAL = "mask = le(x1, x0)"
 DOCUMENTS = "t0 = le(x1, x0); t1 = eq(x3, x2); mask = and(t0, t1)"
 Operands = list[torch.Tensor]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def planned_however_small() -> Iterator[None]:
+    with mock.patch.object(plan, "LOOKED_AT", 0):
+        yield
 
 
 def seen(
@@ -359,3 +367,19 @@ def test_a_plan_is_a_tensor_of_regions():
     assert as_tensor([]).shape == (0, 8)
     assert as_regions(as_tensor([])) == []
     assert [each.full for each in regions] == [True, False, False]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_few_elements_are_looked_at(data: st.DataObject):
+    with mock.patch.object(plan, "LOOKED_AT", plan.BOX):
+        test_any_mask_of_rows_and_heads_that_differ_is_covered_once.hypothesis.inner_test(data)
+        test_any_mask_is_covered_once.hypothesis.inner_test(data)
+
+
+def test_few_elements_that_are_all_seen_need_no_mask():
+    with mock.patch.object(plan, "LOOKED_AT", plan.BOX):
+        q, k = torch.tensor([5, 6])[:, None], torch.tensor([9, 1, 2, 7])[None, :]
+        assert plan_regions([q, k], [], "mask = le(x1, x0)", None, 2, 4) == [Region(-1, 0, 2, 1, 3)]
+        assert plan_regions([q, k], [], "mask = gt(x1, x0)", None, 2, 4) == [Region(-1, 0, 2, 0, 4, masked=True)]
+        assert plan_regions([q, k], [], "mask = eq(x1, x0)", None, 2, 4) == []

@@ -17,12 +17,13 @@ import torch
 
 from sp_compile.kernels.bands import Band, Pairs, Value
 from sp_compile.kernels.pieces import BRANCH, SMALL, Side, Vector
-from sp_compile.kernels.regions import UNBOUNDED, Region, boxed, joined
+from sp_compile.kernels.regions import BOX, UNBOUNDED, Region, boxed, joined
 from sp_compile.score_rule import Assignment, assigns, call, evaluate, needed
 
 HALF = (torch.bfloat16, torch.float16)
 PAIRS = 1 << 15  # of pieces, from where on they are not told apart further
 STRIP_ROWS, STRIP_KEYS = 128, 4096
+LOOKED_AT = BOX  # elements up to which nothing is planned
 
 
 def plan_regions(
@@ -45,13 +46,28 @@ def plan_regions(
     if not assigns(rule, "mask"):
         return [Region(-1, 0, queries, 0, keys)]
     rows = mask_rows(rule, operands)
-    if rows is None:
-        return boxed(list(_Planner(rule, operands, tables, queries, keys, -1).regions()))
     found: list[Region] = []
-    for row in range(rows):
-        own = [rows_of(each, slice(row, row + 1)) for each in operands]
-        found += boxed(list(_Planner(rule, own, tables, queries, keys, row).regions()))
+    for row in [-1] if rows is None else range(rows):
+        own = operands if row < 0 else [rows_of(each, slice(row, row + 1)) for each in operands]
+        if queries * keys <= LOOKED_AT:
+            found += _visible(rule, own, tables, queries, keys, row)
+        else:
+            found += boxed(list(_Planner(rule, own, tables, queries, keys, row).regions()))
     return found
+
+
+def _visible(
+    rule: str, operands: Sequence[torch.Tensor], tables: Sequence[torch.Tensor], queries: int, keys: int, row: int
+) -> list[Region]:
+    """The box of all that is seen, for few elements."""
+    mask = evaluate(rule, operands, ("mask",), tables=tables)["mask"].to(torch.bool)
+    mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))[0]
+    some, every = (each.expand(queries, keys).numpy() for each in (mask.any(dim=0), mask.all(dim=0)))
+    seeing, seen = np.flatnonzero(some.any(axis=1)), np.flatnonzero(some.any(axis=0))
+    if not len(seeing):
+        return []
+    box = int(seeing[0]), int(seeing[-1]) + 1, int(seen[0]), int(seen[-1]) + 1
+    return [Region(row, *box, masked=not every[box[0] : box[1], box[2] : box[3]].all())]
 
 
 def seen_rows(
