@@ -1,4 +1,4 @@
-"""Gather nothing twice, and keys together with values.
+"""Gather nothing twice, and keys together with values, and with the queries that go to a cache.
 
 Requires: ``keys_in_padded_order``, ``outputs_restored``.
 Establishes: ``gathered_once``.
@@ -52,7 +52,10 @@ class MinimizeCommunication(Pass):
         self._gather_once(program)
         if self.join_keys_and_values:
             for node in ops.attention_nodes(program.graph):
-                self._join(program, node)
+                q, k, v, *_ = node.args
+                to_cache = [user for user in q.users if _is_gather(user)]
+                if k is not v and all(map(_is_gather, (k, v))) and not _join(program, [k, v, *to_cache]):
+                    _join(program, [k, v])
         program.remove_dead_code()
 
     def _gather_once(self, program: Program) -> None:
@@ -75,36 +78,32 @@ class MinimizeCommunication(Pass):
                 else:
                     node.args = (first,)
 
-    def _join(self, program: Program, attention: fx.Node) -> None:
-        gathers = list(attention.args[1:3])
-        if gathers[0] is gathers[1] or not all(_is_gather(each) for each in gathers):
-            return
-        sources: list[Any] = [each.args[0] for each in gathers]
-        if sources[0].meta["val"].dtype != sources[1].meta["val"].dtype:
-            return
-        before = min(gathers)
-        if any(source > before for source in sources):
-            before = max(gathers)
-            for each in gathers:
-                if each is not before and min(each.users) < before:
-                    return
-        graph = program.graph
-        with graph.inserting_before(before):
-            rows = [_rows(graph, source) for source in sources]
-            joined = _call(graph, aten.cat.default, (rows, 1), Shard(0))
-            gathered = _call(graph, ops.redistribute, (joined,), Gathered(0))
-            widths = [row.meta["val"].shape[1] for row in rows]
-            parts = _call(graph, aten.split_with_sizes.default, (gathered, widths, 1), (Gathered(0),) * 2)
-            for i, (each, source) in enumerate(zip(gathers, sources, strict=True)):
-                part = _call(graph, getitem, (parts, i), Gathered(0))
-                batch, heads, _, width = source.meta["val"].shape
-                shape = _call(graph, aten.unflatten.int, (part, 1, [batch, heads, width]), Gathered(0))
-                back = _call(graph, aten.permute.default, (shape, [1, 2, 0, 3]), Gathered(2))
-                back.meta["stack_trace"] = each.meta.get("stack_trace")
-                each.replace_all_uses_with(back)
-            gathered.meta["stack_trace"] = before.meta.get("stack_trace")
-        for each in gathers:
-            graph.erase_node(each)
+
+def _join(program: Program, gathers: list[fx.Node]) -> bool:
+    """Gather in one collective what is known before any of it is used; whether that is so."""
+    sources: list[Any] = [each.args[0] for each in gathers]
+    last = max(sources)
+    same = len({source.meta["val"].dtype for source in sources}) == 1
+    if not same or any(user < last for each in gathers for user in each.users):
+        return False
+    graph, before = program.graph, last.next
+    with graph.inserting_before(before):
+        rows = [_rows(graph, source) for source in sources]
+        joined = _call(graph, aten.cat.default, (rows, 1), Shard(0))
+        gathered = _call(graph, ops.redistribute, (joined,), Gathered(0))
+        widths = [row.meta["val"].shape[1] for row in rows]
+        parts = _call(graph, aten.split_with_sizes.default, (gathered, widths, 1), (Gathered(0),) * len(gathers))
+        for i, (each, source) in enumerate(zip(gathers, sources, strict=True)):
+            part = _call(graph, getitem, (parts, i), Gathered(0))
+            batch, heads, _, width = source.meta["val"].shape
+            shape = _call(graph, aten.unflatten.int, (part, 1, [batch, heads, width]), Gathered(0))
+            back = _call(graph, aten.permute.default, (shape, [1, 2, 0, 3]), Gathered(2))
+            back.meta["stack_trace"] = each.meta.get("stack_trace")
+            each.replace_all_uses_with(back)
+        gathered.meta["stack_trace"] = gathers[0].meta.get("stack_trace")
+    for each in gathers:
+        graph.erase_node(each)
+    return True
 
 
 def _is_gather(node: fx.Node) -> bool:

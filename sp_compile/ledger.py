@@ -49,19 +49,18 @@ class _Pages:
     """Pages of one request on one rank, in the order of their tokens: runs of consecutive ones, ``[first, count]``."""
 
     low: int = 0  # number of the first that is kept; those before it fell out of the window
+    high: int = 0  # number after the last
     runs: list[list[int]] = field(default_factory=list)
 
-    @property
-    def high(self) -> int:
-        return self.low + sum(count for _, count in self.runs)
-
     def add(self, page: int) -> None:
+        self.high += 1
         if self.runs and sum(self.runs[-1]) == page:
             self.runs[-1][1] += 1
         else:
             self.runs.append([page, 1])
 
     def drop_last(self) -> int:
+        self.high -= 1
         last = self.runs[-1]
         last[1] -= 1
         page = sum(last)
@@ -115,7 +114,7 @@ class Shelf:
             while pages.runs and pages.low < low:
                 self._release(rank, pages.drop_first())
             if not pages.runs:
-                pages.low = max(pages.low, low)
+                pages.low = pages.high = max(pages.low, low)
             while pages.high > high:
                 self._release(rank, pages.drop_last())
             while pages.high < high:
@@ -158,7 +157,7 @@ class Shelf:
         """Forget a request; its pages become free."""
         nothing = np.zeros(self.sp, dtype=np.int64)
         for pages in self._of(request):
-            pages.low = 0
+            pages.high, pages.low = pages.high - pages.low, 0
         self.fit(request, nothing, nothing)
         del self._pages[request]
 
@@ -273,9 +272,10 @@ class Ledger:
         own = np.flatnonzero(places.rank == rank)
         of, ordinal = places.request[own], places.ordinal[own]
         found = np.empty(len(own), dtype=np.int64)
+        lasts = self.lengths(requests) - 1
         bounds = np.flatnonzero(np.diff(of)) + 1
         for start, end in zip([0, *bounds.tolist()], [*bounds.tolist(), len(own)], strict=True):
-            if end - start == 1 and places.position[own[start]] == self.length(requests[of[start]]) - 1:
+            if end - start == 1 and places.position[own[start]] == lasts[of[start]]:
                 found[start] = shelf.last_slot(requests[of[start]], rank, int(ordinal[start]))
             elif end > start:
                 found[start:end] = shelf.slot(requests[of[start]], rank, ordinal[start:end])

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from sp_compile import invariants, ops
 from sp_compile.errors import CacheError
-from sp_compile.placements import Gathered, Held, Kept, Shard
+from sp_compile.placements import REPLICATE, Gathered, Held, Kept, Shard
 from sp_compile.program import placement
 from tests.passes.graphs import after, calls, embeds, qkv, repeated
 
@@ -79,3 +79,11 @@ def test_the_invariant_finds_an_attention_that_does_not_see_the_cache():
     program.kept = (None,) * 3
     with pytest.raises(invariants.Violation, match="3 outputs to keep"):
         invariants.CACHE_SEEN.check(program)
+
+
+def test_queries_for_the_cache_cross_with_the_new_keys_and_values():
+    program = after("minimize_communication", causal, embeds(32), cached="more")
+    gathers = [node for node in calls(program, "redistribute") if node.meta["val"].is_floating_point()]
+    crossing = [node for node in gathers if isinstance(placement(node.args[0]), Shard)]
+    assert [placement(node) for node in crossing] == [Gathered(0), REPLICATE]  # what attends in one, and the output
+    assert crossing[0].meta["val"].shape[1] == (4 + 2 + 2) * 4  # heads and kv heads x width
