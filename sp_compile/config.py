@@ -252,6 +252,8 @@ def _parse(override: str) -> dict[str, Any]:
         if not owners:
             known = [*SECTIONS, *(each for kind in SECTIONS.values() for each in _fields(kind))]
             raise ConfigError(f"unknown key {key!r}{nearest(first, known)}")
+        if len(owners) > 1:
+            raise ConfigError(f"{key!r} is a key of {' and '.join(owners)}; write {owners[0]}.{override} or so")
         override = f"{owners[0]}.{override}"
     try:
         return OmegaConf.to_container(OmegaConf.from_dotlist([override]))  # type: ignore[return-value]

@@ -88,12 +88,19 @@ class Isolation:
             start = ends[i] - lengths[i]
             rows = slice(start, start + size)
             single = _only(inputs, self.weights, rows, tokens)
+            part = size < lengths[i]  # of a request that has not grown to its end
             for kind, packed, alone in zip(self.masks.kinds, together, self.masks.evaluate(single), strict=True):
                 if not _agree(kind, packed, alone, rows, tokens):
-                    return f"the mask of the attention at {kind.source} depends on where in the row a request lies"
+                    what = "how many tokens will follow" if part else "where in the row a request lies"
+                    return f"the mask of the attention at {kind.source} depends on {what}"
             user = self.facts.differ(facts, self.facts.evaluate(single), rows)
             if user is not None:
-                return f"{user} takes the place of a token in the row, not in its request"
+                what = (
+                    "depends on how many tokens will follow"
+                    if part
+                    else "takes the place of a token in the row, not in its request"
+                )
+                return f"{user} {what}"
         return None
 
 

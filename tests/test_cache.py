@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import sp_compile
-from sp_compile.errors import BatchError, CacheError, CacheFullError, RankMismatchError
+from sp_compile.errors import BatchError, CacheError, CacheFullError, RankMismatchError, RequestsMixedError
 from tests.models import llama
 from tests.zoo.models import build, tokens
 
@@ -207,6 +207,30 @@ def test_hidden_states_come_for_the_new_tokens_of_a_model_that_never_recorded_th
         found = parallel(input_ids=ids[:, 6:], past_key_values=cache, output_hidden_states=True).hidden_states
         expected = model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states
     assert max(error(a, b[:, 6:]) for a, b in zip(found, expected, strict=True)) <= 1e-5
+
+
+class Foreseeing(torch.nn.Module):
+    """Sees the last rows of all there are from nowhere but themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(64, 32)
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        x = self.embed(input_ids)
+        rows = torch.arange(x.shape[1])
+        seen = (rows[None] <= rows[:, None]) & ((rows[None] < x.shape[1] - 3) | (rows[None] == rows[:, None]))
+        heads = x.unflatten(-1, (4, 8)).transpose(1, 2)
+        out = torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, attn_mask=seen[None, None])
+        return {"logits": out.transpose(1, 2).flatten(2)}
+
+
+def test_a_mask_that_rests_on_tokens_to_come_is_refused_for_requests_that_grow():
+    parallel = sp_compile.parallelize(Foreseeing().eval(), sp=1, codegen="eager")
+    cache = sp_compile.ShardedCache(parallel)
+    with torch.no_grad(), pytest.raises(RequestsMixedError, match="depends on how many tokens will follow"):
+        parallel(**sp_compile.pack([[5] * 9]), past_key_values=cache)
+    assert cache.get_seq_length() == 0
 
 
 def cropped_and_reset() -> list[float]:

@@ -70,6 +70,16 @@ def test_run_prints_a_table_shows_progress_and_writes_json(tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
 
 
+def test_run_generates(tmp_path: Path):
+    target = tmp_path / "result.json"
+    found = run_module("run", "generate", "sp=2", *TINY, "max_new_tokens=4", "--json", str(target))
+    assert found.returncode == 0, found.stderr
+    for words in ("12 of 12", "prefill, 2 ranks x 1 thread", "decode", "tokens/s", "cache of each rank", "bytes sent"):
+        assert words in found.stdout
+    assert "generate() of transformers" in found.stderr
+    assert json.loads(target.read_text())["ok"] is True
+
+
 def test_run_uses_the_ranks_of_torchrun():
     launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "sp_compile")
     found = run_module("run", "prefill", "sp=2", *TINY, launcher=launcher)

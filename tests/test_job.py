@@ -10,6 +10,7 @@ import torch
 
 from sp_compile.config import JobConfig, ModelConfig, RequestsConfig, RunConfig, load_config
 from sp_compile.errors import ConfigError, RankFailedError
+from sp_compile.generation_job import run_generation
 from sp_compile.job import compare, device_of, load, run_job
 from sp_compile.loading import BEGIN, build_model, read_requests
 from sp_compile.measure import PeakMemory
@@ -216,3 +217,30 @@ def test_peak_memory_sees_what_is_freed_again_and_forgets_earlier_peaks():
         block = torch.ones(16 << 20)
         del block
     assert 60 << 20 <= peak.bytes <= 100 << 20
+
+
+@pytest.mark.parametrize("overrides", [(), ("do_sample=true", "top_p=0.9", "generate.seed=3")])
+def test_the_generating_job_on_two_ranks(overrides: tuple[str, ...]):
+    job = load_config("generate", ["codegen=eager", "max_tokens=40", "max_requests=4", "max_new_tokens=6", *overrides])
+    job.model.config.update(TINY, num_key_value_heads=2)
+    result = run_generation(job)
+    assert result is not None
+    assert result.unsharded is not None
+    assert (result.unsharded.same, result.ok) == (result.unsharded.tokens, True)
+    assert sum(result.new_tokens) == result.unsharded.tokens
+    assert result.step_requests <= 4
+    assert result.bytes_sent > 0
+    page = 256 * 2 * 2 * 2 * 8 * 4  # tokens, layers, K and V, kv heads, head dim, bytes
+    assert result.cache_bytes == [4 * page, 4 * page]
+    assert result.decode_seconds > 0
+
+
+def test_a_generating_job_may_keep_its_cache_in_another_dtype():
+    options = ["codegen=eager", "max_tokens=20", "max_requests=2", "max_new_tokens=3", "cache_dtype=bfloat16", "sp=1"]
+    job = load_config("generate", [*options, "compare=false", "page_size=2"])
+    job.model.config.update(TINY, num_key_value_heads=2)
+    result = run_generation(job)
+    assert result is not None
+    assert result.unsharded is None
+    assert result.ok
+    assert result.cache_bytes[0] % (2 * 2 * 2 * 2 * 8 * 2) == 0
