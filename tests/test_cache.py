@@ -216,7 +216,9 @@ class Foreseeing(torch.nn.Module):
         super().__init__()
         self.embed = torch.nn.Embedding(64, 32)
 
-    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    def forward(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None, **_: Any
+    ) -> dict[str, torch.Tensor]:
         x = self.embed(input_ids)
         rows = torch.arange(x.shape[1])
         seen = (rows[None] <= rows[:, None]) & ((rows[None] < x.shape[1] - 3) | (rows[None] == rows[:, None]))
