@@ -132,7 +132,9 @@ class ShardedCache(Cache):
         if isinstance(self.rows, PackedRows) or not -length <= tokens_to_remove <= 0:
             what = "packed requests" if isinstance(self.rows, PackedRows) else f"{length} tokens"
             raise CacheError(f"crop({tokens_to_remove}) of a cache of {what}; pass -length to 0 for rows [B, S]")
-        if tokens_to_remove and self.rows is not None:
+        if tokens_to_remove == -length:
+            self.reset()
+        elif tokens_to_remove and self.rows is not None:
             self.ledger.crop(ROW, length + tokens_to_remove)
             self.rows.crop(length + tokens_to_remove)
             self._forget(self.storages)
@@ -307,7 +309,8 @@ class ShardedCache(Cache):
         pending = self._pending
         assert pending is not None
         assert self.rows is not None
-        if not self.storages:
+        if self.batch_size != kept.tensors[0].shape[0]:  # the first forward, or one of another batch after a reset
+            self.storages = []
             for window in dict.fromkeys(kept.windows):
                 numbers = [i for i, each in enumerate(kept.windows) if each == window]
                 self.storages.append(Storage(window, numbers, [kept.tensors[i] for i in numbers], self.dtype))
@@ -331,6 +334,8 @@ class ShardedCache(Cache):
             for request, start in zip(self._pending.requests, self._pending.starts, strict=True):
                 self.ledger.crop(request, start)
             self._pending = None
+            if isinstance(self.rows, BatchRows) and not self.get_seq_length():
+                self.rows = None
 
     def _forget(self, storages: Sequence[Storage]) -> None:
         """Empty the slots of tokens that are not there any more."""

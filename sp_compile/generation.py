@@ -215,15 +215,20 @@ class _Run:
         options: dict[str, Any] = {}
         if "logits_to_keep" in inspect.signature(self.model.module.forward).parameters:
             options["logits_to_keep"] = rows.repeat(2) if len(rows) == 1 else rows  # code for one would be other code
-        with torch.no_grad():
-            logits: torch.Tensor = self.model(**batch, past_key_values=self.cache, **options).logits[0]
+        logits = self._forward(batch, "full", **options)
         return logits[: len(rows)] if options else logits[rows]
+
+    def _forward(self, batch: PackedBatch, outputs: str, **options: Any) -> torch.Tensor:
+        """Logits ``[rows, vocabulary]`` of new tokens."""
+        inputs = {**batch, **options, "past_key_values": self.cache}
+        with torch.no_grad():
+            logits: torch.Tensor = self.model.forward_with_cache((), inputs, outputs).logits[0]
+        return logits
 
     def _scored(self, chunks: Sequence[tuple[_Request, int]], batch: PackedBatch, rows: torch.Tensor) -> torch.Tensor:
         """As :meth:`_last_logits`, and each rank scores the prompt's tokens whose logits it has."""
         device = batch["input_ids"].device
-        with torch.no_grad():
-            local = self.model.forward_with_cache((), {**batch, "past_key_values": self.cache}, "sharded").logits[0]
+        local = self._forward(batch, "sharded")
         layout, group = self.model.layout, self.model.group
         assert layout is not None
         following = [each.prompt[each.done - size + 1 : each.done + 1] for each, size in chunks]

@@ -133,9 +133,9 @@ class Shelf:
         return found
 
     def last_slot(self, request: int, rank: int, ordinal: int) -> int:
-        """The slot of a token on the request's last page there; what :meth:`slot` says, for one token."""
-        start, count = self._of(request)[rank].runs[-1]
-        return (start + count - 1) * self.page + ordinal % self.page
+        """The slot of a request's last token there; what :meth:`slot` says, for one token."""
+        runs = self._of(request)[rank].runs
+        return (sum(runs[-1]) - 1) * self.page + ordinal % self.page if runs else -1
 
     def runs(self, request: int, rank: int, share: int) -> Iterator[tuple[int, int]]:
         """Ranges of consecutive slots with a request's tokens on a rank, which has ``share`` of them."""

@@ -23,6 +23,7 @@ from sp_compile.errors import (
     BatchError,
     CacheError,
     CaptureError,
+    ConfigError,
     FallbackError,
     RequestsMixedError,
     SPCompileError,
@@ -121,8 +122,7 @@ class ParallelModule(nn.Module):
             RankMismatchError: ranks disagree on configuration, inputs or graph.
             RankFailedError: another rank raised or died.
         """
-        if self.training:
-            raise UnsupportedModelError("training through sp_compile is not supported yet; call model.eval()")
+        self._refuse_training()
         named = dict(zip(self._signature.parameters, args, strict=False)) | kwargs
         if named.get("past_key_values") is not None:
             return self.forward_with_cache((), named)
@@ -139,6 +139,7 @@ class ParallelModule(nn.Module):
         """
         from sp_compile.cache import sharded
 
+        self._refuse_training()
         cache = sharded(kwargs["past_key_values"])
         try:
             with fingerprint.naming_failed_ranks(self.group):
@@ -173,10 +174,13 @@ class ParallelModule(nn.Module):
 
         Raises:
             AttributeError: the model has no ``generate``.
+            ConfigError: outputs stay sharded.
             RankMismatchError: ranks went on with different tokens.
         """
         if not hasattr(self.module, "generate"):
             raise AttributeError(f"{type(self.module).__name__} has no generate()")
+        if self.compile_config.outputs != "full":
+            raise ConfigError('generate() needs whole logits; use parallelize(model, outputs="full")')
         if kwargs.get("use_cache", True) and kwargs.get("past_key_values") is None:
             from sp_compile.cache import ShardedCache
 
@@ -263,6 +267,10 @@ class ParallelModule(nn.Module):
         check_inputs(named, self._device(named))
         lengths = request_lengths_of(named)
         return named, token_layout(lengths, self.group.size, self.compile_config.scheme, min_shard_length=2)
+
+    def _refuse_training(self) -> None:
+        if self.training:
+            raise UnsupportedModelError("training through sp_compile is not supported yet; call model.eval()")
 
     def _device(self, named: Mapping[str, torch.Tensor]) -> torch.device:
         tensors = (self.module.parameters(), self.module.buffers(), [token_input(named)[1]])

@@ -104,7 +104,7 @@ class Sampler:
         nothing = torch.zeros(len(requests), 0, dtype=torch.int64, device=scores.device)
         for i, request in enumerate(requests):
             if len(new[i]) < self._soonest:
-                scores[i, sorted(self.ends)] = -torch.inf
+                scores[i, [end for end in self.ends if 0 <= end < scores.shape[1]]] = -torch.inf
             if self._by_history:
                 told = torch.cat([self._prompts[request], self._prompts[request].new_tensor(new[i])])[None]
                 for each in self._by_history:

@@ -31,11 +31,11 @@ def caches(sp: int) -> list[Any]:
     return [sp_compile.ShardedCache(SimpleNamespace(module=module, group=each), page_size=2) for each in groups]
 
 
-def kept(step: Step, values: torch.Tensor) -> Kept:
+def kept(step: Step, values: torch.Tensor, window: int = WINDOW) -> Kept:
     """What a forward gives back: ``values`` ``[rows, tokens]`` of the new tokens as all ranks gathered them."""
     gathered = values[:, step.layout.local_index.reshape(-1)]
     rows = gathered[:, step.index_inputs["kept_rows"]][:, None, :, None]
-    return Kept([rows, -rows, rows, -rows], [None, None, WINDOW, WINDOW])
+    return Kept([rows, -rows, rows, -rows], [None, None, window, window])
 
 
 def held(cache: Any, shelf: int) -> dict[int, list[float]]:
@@ -142,3 +142,35 @@ def test_kinds_do_not_mix():
         cache.begin(dict(sp_compile.pack([[5]])), "zigzag")
     with pytest.raises(CacheError, match="no packed requests"):
         cache.finish(0)
+
+
+def test_a_cache_that_was_emptied_takes_another_batch():
+    found = caches(2)
+    for cache in found:
+        for rows, empty in ((2, cache.reset), (3, lambda cache=cache: cache.crop(-4)), (1, cache.reset)):
+            step, _ = cache.begin({"input_ids": torch.full((rows, 4), 5)}, "zigzag")
+            cache.commit(kept(step, torch.ones(rows, 4)))
+            assert cache.batch_size == rows
+            empty()
+            assert not any(bool(each.valid.any()) for each in cache.storages)
+        step, _ = cache.begin(dict(sp_compile.pack([[5, 5]])), "zigzag")
+        cache.commit(kept(step, torch.ones(1, 2)))
+        assert cache.get_seq_length() == 2
+
+
+def test_a_window_of_one_token_is_no_reason_to_keep_any():
+    found = caches(2)
+    for cache in found:
+        for _ in range(9):
+            step, _ = cache.begin({"input_ids": torch.full((1, 1), 5)}, "zigzag")
+            cache.commit(kept(step, torch.ones(1, 1), window=1))
+        assert int(cache.storages[0].valid.sum()) in (4, 5)
+        assert int(cache.storages[1].valid.sum()) <= 1
+
+
+def test_a_failed_first_forward_does_not_say_what_the_cache_is_for():
+    (cache,) = caches(1)
+    cache.begin({"input_ids": torch.full((1, 4), 5)}, "zigzag")
+    cache.rollback()
+    step, _ = cache.begin(dict(sp_compile.pack([[5, 5]])), "zigzag")
+    cache.commit(kept(step, torch.ones(1, 2)))
