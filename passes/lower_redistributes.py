@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import getitem
 from typing import Any
 
 import torch
@@ -170,8 +171,10 @@ def _select_rows(build: _Builder, node: fx.Node) -> fx.Node:
     positive = build.call(
         aten.add.Tensor, rows, build.call(aten.mul.Tensor, build.call(aten.lt.Scalar, rows, 0), tokens)
     )
-    if build.program.cached:  # rows are numbered with those of earlier calls
-        positive = build.call(aten.searchsorted.Tensor, build.index("new_rows"), positive)
+    if build.program.cached:  # rows are numbered with those of earlier calls, and not in the order of the batch
+        ordered = build.call(aten.sort.default, build.index("new_rows"))
+        at = build.call(aten.searchsorted.Tensor, build.call(getitem, ordered, 0), positive)
+        positive = build.call(aten.index_select.default, build.call(getitem, ordered, 1), 0, at)
     padded = build.call(aten.index_select.default, build.index("restore_index"), 0, positive)
     length = build.call(aten.sym_size.int, build.index("local_index"), 0)
     own = build.call(aten.sub.Tensor, padded, build.call(aten.mul.Tensor, build.index("rank"), length))

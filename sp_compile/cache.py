@@ -14,9 +14,11 @@ from transformers.cache_utils import Cache
 from sp_compile.cache_files import load, read_layout, save
 from sp_compile.compiled import Kept, Step, index_inputs
 from sp_compile.errors import CacheError
+from sp_compile.fingerprint import digest
 from sp_compile.inputs import token_input
-from sp_compile.layout import TokenLayout, token_layout
-from sp_compile.ledger import Ledger, Places, Shelf
+from sp_compile.kernels.runs import crossed
+from sp_compile.layout import token_layout
+from sp_compile.ledger import Ledger, Places, Shelf, Window
 from sp_compile.rows import ROW, BatchRows, PackedRows, check_kind, rows_for
 from sp_compile.storage import Storage
 
@@ -32,6 +34,7 @@ class _Pending:
     starts: Sequence[int]
     places: Places
     rows: torch.Tensor  # of this rank's tokens
+    fresh: Sequence[int]  # requests that are new
 
 
 class ShardedCache(Cache):
@@ -76,6 +79,7 @@ class ShardedCache(Cache):
         self._module, self._group = model.module, model.group
         self.finished: set[int] = set()
         self._pending: _Pending | None = None
+        self._broken = False  # a forward failed while it was stored
 
     # what transformers asks of a cache
 
@@ -161,11 +165,12 @@ class ShardedCache(Cache):
 
     def reset(self) -> None:
         """Forget everything; a cache with a fixed size keeps its memory."""
+        if self._broken:
+            self.ledger, self.storages = Ledger(self.sp, self.ledger.page, self.ledger.pages), []
         for request in self.ledger.requests:
             self.ledger.drop(request)
         self._forget(self.storages)
-        self.finished = set()
-        self.rows = None
+        self.finished, self.rows, self._pending, self._broken = set(), None, None, False
 
     def save(self, folder: str | Path) -> None:
         """Write the cache into a folder, as safetensors of each rank and the layout; call it on every rank.
@@ -210,6 +215,18 @@ class ShardedCache(Cache):
         return [numbered[i] for i in sorted(numbered)]
 
     @property
+    def windows(self) -> tuple[Window, ...]:
+        """How far back each of :attr:`tensors` is seen; None for all tokens."""
+        numbered = {i: held.window for held in self.storages for i in held.numbers}
+        return tuple(numbered[i] for i in sorted(numbered))
+
+    @property
+    def contents(self) -> str:
+        """The requests and their lengths, for ranks to compare."""
+        requests = self.ledger.requests
+        return digest(str([requests, self.ledger.lengths(requests).tolist()]))
+
+    @property
     def nbytes(self) -> int:
         """Bytes of keys and values on this rank, free slots included."""
         return sum(each.nbytes for each in self.storages)
@@ -230,6 +247,8 @@ class ShardedCache(Cache):
                 f"the cache is that of rank {self.rank} of {self.sp}, the model runs as rank {model.group.rank} of "
                 f"{model.group.size}; save it and load it for these"
             )
+        if self._broken:
+            raise CacheError("an earlier forward failed while its keys and values were stored; call reset()")
         if any(each.edited for each in self.storages):
             raise CacheError("the cache's tensors were changed since the last forward; take a copy to edit them")
 
@@ -267,21 +286,20 @@ class ShardedCache(Cache):
             raise CacheError(f"request {finished[0]} is finished; pack its tokens under a new number")
         fresh = [each for each in requests if each not in self.ledger]
         try:
-            for each in fresh:
-                self.ledger.add(each)
+            for i, each in enumerate(fresh):
+                self.ledger.add(each, i)
             starts = self.ledger.lengths(requests)
             if rows.fit(requests, (starts + np.asarray(counts)).tolist()):
                 self._renumber(rows)
             runs = [self.ledger.runs(requests, self.rank, each.window) for each in self.storages]
             places = self.ledger.append(requests, counts)
         except BaseException:
-            for each in fresh:
-                self.ledger.drop(each)
+            self._withdraw(rows, fresh)
             raise
         self.rows = rows
         new_rows = torch.from_numpy(rows.starts(requests)[places.request] + places.position)
         own = torch.from_numpy(np.flatnonzero(places.rank == self.rank))
-        self._pending = _Pending(requests, starts.tolist(), places, new_rows[own])
+        self._pending = _Pending(requests, starts.tolist(), places, new_rows[own], fresh)
         layout = token_layout(counts, self.sp, scheme, min_shard_length=2)
         indices = index_inputs(layout, self.rank, new_rows)
         indices |= {"new_rows": new_rows, "kept_rows": _at_least_two(layout.restore_index[own])}
@@ -291,7 +309,9 @@ class ShardedCache(Cache):
         if past:
             for i, (held, run) in enumerate(zip(self.storages, runs, strict=True)):
                 indices |= {f"held_index_{i}": held.index, f"held_valid_{i}": held.valid}
-                indices[f"held_runs_{i}"] = torch.from_numpy(_crossed(layout, places, run))
+                indices[f"held_runs_{i}"] = torch.from_numpy(
+                    crossed(layout.valid.numpy(), places.request[layout.local_index.numpy()], run)
+                )
         length = int(starts.max())
         step = Step(
             layout,
@@ -300,16 +320,29 @@ class ShardedCache(Cache):
             cached="more" if past else "first",
             rows=rows.lengths(length + counts[0]),
             held=tuple(self.tensors) if past else (),
+            windows=self.windows,
             cache_dtype=self.dtype,
         )
         return step, rows.whole(named, tokens, length, new_rows)
 
     def commit(self, kept: Kept) -> None:
-        """Store the keys and values of the forward that :meth:`begin` began."""
-        pending = self._pending
-        assert pending is not None
+        """Store the keys and values of the forward that :meth:`begin` began.
+
+        Raises:
+            CacheError: layers of it keep other windows than those that the cache has.
+        """
+        assert self._pending is not None
+        pending, others = self._pending, {*self.ledger.requests} - {*self._pending.requests}
+        empty = not any(pending.starts) and not any(self.ledger.length(each) for each in others)
+        if not empty and self.windows != tuple(kept.windows):
+            raise CacheError("layers of this forward keep other windows than those of the cache; make another for it")
+        self._pending, self._broken = None, True
+        self._store(pending, kept, empty)
+        self._broken = False
+
+    def _store(self, pending: _Pending, kept: Kept, empty: bool) -> None:
         assert self.rows is not None
-        if self.batch_size != kept.tensors[0].shape[0]:  # the first forward, or one of another batch after a reset
+        if empty and (self.batch_size, self.windows) != (kept.tensors[0].shape[0], tuple(kept.windows)):
             self.storages = []
             for window in dict.fromkeys(kept.windows):
                 numbers = [i for i, each in enumerate(kept.windows) if each == window]
@@ -326,16 +359,24 @@ class ShardedCache(Cache):
             own, where = (part.to(device) for part in new)
             each.write(where, rows.to(device), [kept.tensors[i].index_select(2, own) for i in each.numbers])
         self.rows.remember()
-        self._pending = None
 
     def rollback(self) -> None:
         """Leave the cache as it was before :meth:`begin`."""
         if self._pending is not None:
             for request, start in zip(self._pending.requests, self._pending.starts, strict=True):
                 self.ledger.crop(request, start)
-            self._pending = None
-            if isinstance(self.rows, BatchRows) and not self.get_seq_length():
-                self.rows = None
+            fresh, self._pending = self._pending.fresh, None
+            assert self.rows is not None
+            self._withdraw(self.rows, fresh)
+
+    def _withdraw(self, rows: BatchRows | PackedRows, requests: Sequence[int]) -> None:
+        """Forget requests that did not come to have a token."""
+        for each in requests:
+            self.ledger.drop(each)
+            if isinstance(rows, PackedRows):
+                rows.finish(each)
+        if not self.ledger.requests and not (isinstance(rows, PackedRows) and rows.requests):
+            self.rows = None
 
     def _forget(self, storages: Sequence[Storage]) -> None:
         """Empty the slots of tokens that are not there any more."""
@@ -360,24 +401,6 @@ class ShardedCache(Cache):
 def _at_least_two(rows: torch.Tensor) -> torch.Tensor:
     """Code is generated for any number of rows from 2 on; what is too much is not stored."""
     return torch.cat([rows, rows.new_zeros(2 - len(rows))]) if len(rows) < 2 else rows
-
-
-def _crossed(layout: TokenLayout, places: Places, runs: np.ndarray) -> np.ndarray:
-    """Ranges of gathered queries by ranges of held keys of the same request, int64 ``[ranges, 4]``, at least two.
-
-    ``runs`` are those of :meth:`Ledger.runs`, ordered by request.
-    """
-    at = np.flatnonzero(layout.valid.numpy().reshape(-1))
-    request = places.request[layout.local_index.numpy().reshape(-1)[at]]
-    edges = np.flatnonzero((np.diff(at) != 1) | (np.diff(request) != 0)) + 1
-    first, last = np.concatenate([[0], edges]), np.concatenate([edges, [len(at)]]) - 1
-    queries = np.stack([at[first], at[last] + 1], axis=1)
-    low, high = (np.searchsorted(runs[:, 0], request[first], side) for side in ("left", "right"))
-    counts = high - low
-    which = np.repeat(np.arange(len(queries)), counts)
-    keys = np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts) + np.repeat(low, counts)
-    crossed = np.concatenate([queries[which], runs[keys, 1:]], axis=1)
-    return np.concatenate([crossed, np.zeros((max(0, 2 - len(crossed)), 4), dtype=np.int64)])
 
 
 def sharded(cache: Any) -> ShardedCache:

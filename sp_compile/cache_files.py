@@ -35,13 +35,13 @@ SAMPLED = 1024  # elements of each weight that tell models apart
 
 def save(cache: ShardedCache, folder: Path, module: nn.Module, group: Group) -> None:
     """Write a cache; every rank writes what it holds. See :meth:`ShardedCache.save`."""
-    if not cache.storages or cache.rows is None:
+    requests = [each for each in cache.ledger.requests if cache.ledger.length(each)]
+    if not requests or cache.rows is None:
         raise CacheError("the cache is empty; there is nothing to save")
     folder.mkdir(parents=True, exist_ok=True)
     if group.rank == 0:
         (folder / LAYOUT).unlink(missing_ok=True)
     _barrier(group)
-    requests = [each for each in cache.ledger.requests if cache.ledger.length(each)]
     lengths = cache.ledger.lengths(requests).tolist()
     places = cache.ledger.place(requests, [0] * len(requests), lengths)
     own = places.rank == group.rank
@@ -69,7 +69,14 @@ def save(cache: ShardedCache, folder: Path, module: nn.Module, group: Group) -> 
             "requests": [[number, length] for number, length in zip(requests, lengths, strict=True)],
             "finished": sorted(cache.finished),
             "inputs": [*inputs],
-            "shelves": [{"window": each.window, "tensors": each.numbers} for each in cache.storages],
+            "shelves": [
+                {
+                    "window": each.window,
+                    "tensors": each.numbers,
+                    "whole_from": [cache.ledger.forgotten(request, each.window) for request in requests],
+                }
+                for each in cache.storages
+            ],
         }
         part = folder / f".{LAYOUT}"
         part.write_text(json.dumps(layout, indent=1) + "\n", encoding="utf-8")
@@ -100,8 +107,8 @@ def load(cache: ShardedCache, folder: Path, layout: dict[str, Any], device: torc
     """Fill an empty cache with what this rank is to hold of a saved one. See :meth:`ShardedCache.load`."""
     ledger = cache.ledger
     numbers, lengths = [each[0] for each in layout["requests"]], [each[1] for each in layout["requests"]]
-    for number in numbers:
-        ledger.add(number)
+    for i, number in enumerate(numbers):
+        ledger.add(number, i)
     ledger.append(numbers, lengths)
     with _opened(folder / INPUTS) as file:
         inputs = {name: file.get_tensor(name).to(device) for name in layout["inputs"]}
@@ -111,7 +118,8 @@ def load(cache: ShardedCache, folder: Path, layout: dict[str, Any], device: torc
     starts = row.starts(numbers)
     for shelf, described in enumerate(layout["shelves"]):
         window = described["window"]
-        ledger.shelves.setdefault(window, Shelf(cache.sp, ledger.page, window))
+        kept = ledger.shelves.setdefault(window, Shelf(cache.sp, ledger.page, window))
+        kept.floor = dict(zip(numbers, described["whole_from"], strict=True))
         ledger.settle(numbers)
         storage: Storage | None = None
         for file in _files(folder, layout["sp"]):

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from sp_compile.codegen import LocalProgram
+from sp_compile.errors import CacheError
 from sp_compile.isolation import Isolation, find_isolation
 from sp_compile.layout import TokenLayout
 from sp_compile.ledger import Window
@@ -47,7 +48,7 @@ class Step:
         isolated: by the pass ``isolate_requests``, since the model does not.
         cached: as in :class:`~sp_compile.program.Program`; the layout then is that of the new tokens.
         rows: tokens of each request, those of earlier calls included; None for the layout's.
-        held: the tensors of the cache on this rank.
+        held, windows: the tensors of the cache on this rank, and how far back each is seen.
         cache_dtype, outputs: as in :class:`~sp_compile.program.Program`.
     """
 
@@ -58,6 +59,7 @@ class Step:
     cached: str = ""
     rows: tuple[int, ...] | None = None
     held: Sequence[torch.Tensor] = ()
+    windows: Sequence[Window] = ()
     cache_dtype: torch.dtype | None = None
     outputs: str = "full"
 
@@ -192,6 +194,11 @@ class Compiled:
     def run(self, inputs: Sequence[Any], step: Step) -> tuple[list[Any], Kept]:
         """Run the local graph: the model's outputs, and the keys and values to keep."""
         variant = self.variant(step.kind)
+        if step.held and variant.program.kept != tuple(step.windows):
+            raise CacheError(
+                "the cache was filled by a forward whose layers keep other windows than those of this one; pass the "
+                "requests in the same form in every call, or make another cache"
+            )
         indices = dict(step.index_inputs) | {f"held_{i}": each for i, each in enumerate(step.held)}
         if step.isolated:
             indices |= request_inputs(step.lengths, indices["rank"].device)

@@ -120,7 +120,7 @@ def generate(
             run.decode(left)
     finally:
         for each in running:
-            if not each.reason:
+            if not each.reason and each.number in cache.numbers:
                 cache.finish(each.number)
     found = [each.tokens for each in running]
     fingerprint.compare(model.group, {"the generated tokens": fingerprint.digest(str(found))})

@@ -99,6 +99,7 @@ class Shelf:
         self.sp, self.page, self.window, self.released = sp, page, window, False
         self.slots = np.full(sp, 0 if pages is None else pages * page, dtype=np.int64)
         self.free = [list(range(pages or 0)) for _ in range(sp)]  # heaps
+        self.floor: dict[int, int] = {}  # where the tokens of a request begin that were here at all
         self._pages: dict[int, list[_Pages]] = {}
 
     def wanted(self, requests: Sequence[int], shares: np.ndarray) -> np.ndarray:
@@ -148,10 +149,11 @@ class Shelf:
 
     def forgotten(self, request: int, first: int) -> int:
         """Where the tokens of a request begin that are all on pages still; its first is on rank ``first``."""
-        return max(
-            ((each.low * self.page - 1) * self.sp + (rank - first) % self.sp + 1 if each.low else 0)
+        gone = [
+            (each.low * self.page - 1) * self.sp + (rank - first) % self.sp + 1 if each.low else 0
             for rank, each in enumerate(self._of(request))
-        )
+        ]
+        return max(self.floor.get(request, 0), *gone)
 
     def drop(self, request: int) -> None:
         """Forget a request; its pages become free."""
@@ -160,6 +162,7 @@ class Shelf:
             pages.high, pages.low = pages.high - pages.low, 0
         self.fit(request, nothing, nothing)
         del self._pages[request]
+        self.floor.pop(request, None)
 
     def _of(self, request: int) -> list[_Pages]:
         if request not in self._pages:
@@ -225,8 +228,11 @@ class Ledger:
         held: np.ndarray = self._held[self._rows([request])[0]].copy()
         return held
 
-    def add(self, request: int, first: int | None = None) -> None:
-        """A new request, without tokens yet; its first goes to rank ``first``, or to the one that holds the least."""
+    def add(self, request: int, turn: int = 0) -> None:
+        """A new request, without tokens yet; its first goes to the rank that holds the least but for ``turn`` others.
+
+        Requests that come together take turns.
+        """
         assert request not in self._row, request
         if not self._spare:
             old, more = len(self._length), max(8, len(self._length))
@@ -236,7 +242,7 @@ class Ledger:
             self._spare = [*range(old + more - 1, old - 1, -1)]
         row = self._row[request] = self._spare.pop()
         self._length[row], self._held[row] = 0, 0
-        self._first[row] = int(self.held.argmin()) if first is None else first
+        self._first[row] = int(np.argsort(self.held, kind="stable")[turn % self.sp])
 
     def append(self, requests: Sequence[int], counts: Sequence[int]) -> Places:
         """Give slots among all tokens to further ones, ``counts[i]`` of ``requests[i]``; each request once.
@@ -299,6 +305,10 @@ class Ledger:
         ]
         return np.asarray(found, dtype=np.int64).reshape(-1, 3)
 
+    def forgotten(self, request: int, window: Window) -> int:
+        """Where the tokens of a request begin of which layers of a window have all."""
+        return self.shelves[window].forgotten(request, self.first(request))
+
     def crop(self, request: int, length: int) -> None:
         """Forget the tokens of a request from ``length`` on; pages without tokens become free.
 
@@ -307,9 +317,8 @@ class Ledger:
         """
         rows = self._rows([request])
         assert 0 <= length <= self._length[rows[0]], (length, self._length[rows[0]])
-        first = int(self._first[rows[0]])
-        for window, shelf in self.shelves.items():
-            if length and window is not None and max(length - window + 1, 0) < shelf.forgotten(request, first):
+        for window in self.shelves:
+            if length and window is not None and max(length - window + 1, 0) < self.forgotten(request, window):
                 raise CacheError(
                     f"request {request} cannot go back to {length} tokens: layers with a window of {window} keep "
                     f"no more than that of its {int(self._length[rows[0]])}; keep the cache from before, or start anew"
@@ -359,5 +368,5 @@ class Ledger:
             raise CacheFullError(
                 f"the cache is full: rank {rank} has {len(free[rank])} free pages of {self.page} tokens, "
                 f"{len(free[rank]) + int(short[rank])} are needed; it was made for {room} "
-                "tokens. Make it with more, or without a size"
+                "tokens, and requests take whole pages. Make it with more, with smaller pages, or without a size"
             )

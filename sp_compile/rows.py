@@ -159,6 +159,8 @@ class PackedRows:
             segment.size = max(_rounded(size), 2 * segment.size)
         if grown:
             self._segments = [*self._of.values()]
+        while self._segments and not self._segments[-1].taken:
+            self._segments.pop()
         for request, size in short:
             if request not in self._of:
                 self._of[request] = self._free_segment(_rounded(size))

@@ -140,7 +140,7 @@ class ParallelModule(nn.Module):
         from sp_compile.cache import sharded
 
         self._refuse_training()
-        cache = sharded(kwargs["past_key_values"])
+        cache, kwargs = sharded(kwargs["past_key_values"]), self.options(kwargs, args)
         try:
             with fingerprint.naming_failed_ranks(self.group):
                 with self._agreement() as fields:
@@ -149,9 +149,12 @@ class ParallelModule(nn.Module):
                     unmasked = {name: each for name, each in named.items() if name != "attention_mask"}
                     check_inputs(unmasked, self._device(named))
                     others = {key: each for key, each in kwargs.items() if key not in (*named, "past_key_values")}
+                    contents = cache.contents
                     step, whole = cache.begin(named, self.compile_config.scheme)
+                    if step.promised and others.get("logits_to_keep"):
+                        raise BatchError("logits_to_keep counts rows; pass a tensor of numbers of the new tokens")
                     if self._compares_inputs:
-                        fields.update(fingerprint.of_inputs(named, step.lengths, others))
+                        fields.update(fingerprint.of_inputs(named, step.lengths, others) | {"the cache": contents})
                 self.layout = step.layout
                 step = replace(step, outputs=outputs or self.compile_config.outputs)
                 options = {**others, **whole, "use_cache": False}

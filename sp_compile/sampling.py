@@ -50,12 +50,15 @@ TOP_K = 50  # where nothing is said, as in transformers' generate
 def configured(
     default: GenerationConfig | None, given: GenerationConfig | None, options: Mapping[str, Any]
 ) -> GenerationConfig:
-    """The configuration of a generation: what was given, or the model's, with single options changed.
+    """The configuration of a generation: what was given, else the model's, with single options changed.
 
     Raises:
         ConfigError: an option that transformers does not know, or one that is not served here.
     """
-    config = copy.deepcopy(given or default or GenerationConfig())
+    config = copy.deepcopy(given or GenerationConfig())
+    for name, value in vars(default or config).items():
+        if getattr(config, name, None) is None:
+            setattr(config, name, value)
     known = {name for name in vars(config) if not name.startswith("_")}
     for name, value in options.items():
         if name not in known:

@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from sp_compile import ops
+from sp_compile.requests import START, keeps_apart
 from sp_compile.score_rule import Assignment, parse
 from sp_compile.symbols import product, shape_of
 
@@ -48,7 +49,9 @@ def window_of(attention: fx.Node, tokens: sympy.Symbol | None) -> int | None:
         attention: a canonical attention node, of which queries and keys are the tokens of one row.
     """
     args = ops.AttentionArgs(*attention.args)
-    values: dict[Any, _Linear | None] = {f"x{i}": _row_numbers(each, tokens) for i, each in enumerate(args.operands)}
+    apart = keeps_apart(args.rule, args.operands)
+    numbers = [_row_numbers(each, tokens, apart) for each in args.operands]
+    values: dict[Any, _Linear | None] = {f"x{i}": each for i, each in enumerate(numbers)}
     steps = {}
     for step in parse(args.rule):
         steps[step.name] = step
@@ -97,27 +100,32 @@ def _value(argument: Any, values: dict[Any, _Linear | None]) -> _Linear | None:
     return values.get(argument) if isinstance(argument, str) else _Linear(constant=argument)
 
 
-def _row_numbers(operand: fx.Node, tokens: sympy.Symbol | None) -> _Linear | None:
-    """The operand as numbers of rows along its queries or keys, if it is these."""
+def _row_numbers(operand: fx.Node, tokens: sympy.Symbol | None, apart: bool) -> _Linear | None:
+    """The operand as numbers of rows along its queries or keys, if it is these.
+
+    Where only pairs of the same request are seen (``apart``), they may count from where that begins.
+    """
     shape: Sequence[Any] = shape_of(operand)
     if tokens is None or len(shape) < 2 or product(shape) != tokens or shape[-2:].count(tokens) != 1:
         return None
-    offset = _offset(operand, tokens)
+    offset = _offset(operand, tokens, apart)
     if offset is None:
         return None
     return _Linear(query=1, constant=offset) if shape[-2] == tokens else _Linear(key=1, constant=offset)
 
 
-def _offset(node: Any, tokens: sympy.Symbol) -> float | None:
-    """``c`` where the node's elements are ``c, c + 1, ...``, one a row."""
+def _offset(node: Any, tokens: sympy.Symbol, apart: bool) -> float | None:
+    """``c`` where the node's elements are ``c, c + 1, ...``, one a row, or a row of a request if that will do."""
     if not isinstance(node, fx.Node) or node.op != "call_function":
         return None
     args: Any = node.args
     if node.target in SAME_ORDER:
-        return _offset(args[0], tokens) if product(shape_of(args[0])) == tokens else None
+        return _offset(args[0], tokens, apart) if product(shape_of(args[0])) == tokens else None
     if node.target in (aten.add.Tensor, aten.sub.Tensor) and not node.kwargs and isinstance(args[1], int | float):
-        base = _offset(args[0], tokens)
+        base = _offset(args[0], tokens, apart)
         return None if base is None else base + (args[1] if node.target is aten.add.Tensor else -args[1])
+    if node.target is aten.sub.Tensor and apart and args[1].meta.get("index_input") == START:
+        return _offset(args[0], tokens, apart)
     if node.target is aten.arange.default and shape_of(node) == (tokens,):
         return 0
     if node.target is aten.arange.start and shape_of(node) == (tokens,):

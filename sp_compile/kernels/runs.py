@@ -109,3 +109,27 @@ def _of_pairs(operand: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> 
     rows = query if queries > 1 else torch.zeros_like(query)
     columns = key if keys > 1 else torch.zeros_like(key)
     return operand[..., rows, columns].unsqueeze(-2)
+
+
+def crossed(valid: np.ndarray, request: np.ndarray, runs: np.ndarray) -> np.ndarray:
+    """Ranges of gathered queries by ranges of held keys of the same request, for :func:`plan_within`.
+
+    Args:
+        valid: bool ``[sp, shard_length]``, rows that are queries.
+        request: int64, the same shape, of which request each is.
+        runs: int64 ``[runs, 3]``, request, start and end of held keys, ordered by request.
+
+    Returns:
+        int64 ``[ranges, 4]``, at least two.
+    """
+    at = np.flatnonzero(valid.reshape(-1))
+    of = request.reshape(-1)[at]
+    edges = np.flatnonzero((np.diff(at) != 1) | (np.diff(of) != 0)) + 1
+    first, last = np.concatenate([[0], edges]), np.concatenate([edges, [len(at)]]) - 1
+    queries = np.stack([at[first], at[last] + 1], axis=1)
+    low, high = (np.searchsorted(runs[:, 0], of[first], side) for side in ("left", "right"))
+    counts = high - low
+    which = np.repeat(np.arange(len(queries)), counts)
+    keys = np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts) + np.repeat(low, counts)
+    found = np.concatenate([queries[which], runs[keys, 1:]], axis=1)
+    return np.concatenate([found, np.zeros((max(0, 2 - len(found)), 4), dtype=np.int64)])
