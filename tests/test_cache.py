@@ -301,6 +301,19 @@ def test_a_saved_cache_goes_on_with_another_number_of_ranks(ranks, tmp_path, pac
         sp_compile.ShardedCache.load(tmp_path / "nowhere", sp_compile.parallelize(llama(), sp=1))
 
 
+def test_a_loaded_cache_knows_what_it_does_not_have(tmp_path):
+    saved(str(tmp_path), False, None)
+    parallel = sp_compile.parallelize(build("mistral"), sp=1)
+    cache = sp_compile.ShardedCache.load(tmp_path, parallel, page_size=64)
+    with pytest.raises(CacheError, match="cannot go back to 40 tokens"):
+        cache.crop(-10)
+    before = (tmp_path / "layout.json").read_text()
+    cache.reset()
+    with pytest.raises(CacheError, match="nothing to save"):
+        cache.save(tmp_path)
+    assert (tmp_path / "layout.json").read_text() == before
+
+
 def test_a_saved_fp8_cache_is_one_again(tmp_path):
     saved(str(tmp_path), False, torch.float8_e4m3fn)
     parallel = sp_compile.parallelize(build(SAVED[False]), sp=1)

@@ -72,6 +72,8 @@ def test_prefill_token_by_token_and_in_chunks_of_7_and_64(ranks):
 
 
 def sampled() -> list[tuple[list[int], list[int]]]:
+    from transformers import GenerationConfig
+
     model, requests = llama(), prompts((3, 30, 11))
     parallel = sp_compile.parallelize(model, codegen="eager")
     options: dict[str, Any] = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.3,
@@ -83,8 +85,12 @@ def sampled() -> list[tuple[list[int], list[int]]]:
         mask = torch.ones_like(prompt)[None]
         whole = model.generate(prompt[None], attention_mask=mask, pad_token_id=0, **options)[0]
         pairs.append((found[i].tokens, whole[len(prompt) :].tolist()))
-    again = sp_compile.generate(parallel, requests[:1], **options)  # a seed is drawn, the same on all ranks
-    return [*pairs, (again[0].tokens[:0], [])]
+    sp_compile.generate(parallel, requests[:1], **options)  # a seed is drawn, the same on all ranks
+    model.generation_config.eos_token_id = pairs[0][0][1]
+    config = GenerationConfig(max_new_tokens=12, do_sample=True, temperature=0.7, top_p=0.9, repetition_penalty=1.3)
+    ended = sp_compile.generate(parallel, requests[:1], seed=7, generation_config=config)[0]
+    assert (ended.tokens[-1], ended.finish_reason) == (pairs[0][0][1], "stop")
+    return pairs
 
 
 def test_sampled_tokens_are_those_of_transformers_with_the_request_s_seed(ranks):
@@ -121,9 +127,10 @@ def compiled() -> tuple[int, int]:
     first = sp_compile.generate(parallel, prompts((3, 30, 11)), max_new_tokens=6, logprobs=True, prompt_logprobs=True)
     assert check_greedy(model, prompts((3, 30, 11)), first) <= 1e-5
     before = parallel.compiles
-    for lengths in ((40,), (1, 2, 3, 90, 6), (64, 64)):
+    cache = sp_compile.ShardedCache(parallel)
+    for lengths in ((40,), (10, 190), (190, 10, 3)):  # which leave the rows of the first to the last in another order
         found = sp_compile.generate(parallel, prompts(lengths), max_new_tokens=70, eos_token_id=-1, logprobs=True,
-                                    prompt_logprobs=True)  # fmt: skip
+                                    prompt_logprobs=True, cache=cache)  # fmt: skip
         assert check_greedy(model, prompts(lengths), found) <= 1e-5
     return before, parallel.compiles
 
@@ -155,11 +162,40 @@ def turns() -> list[float]:
         parallel(**sp_compile.pack([a[:1]], numbers=[4]), past_key_values=cache)
     run({5: (c, 0, 30), 9: (b, 130, 200)})
     assert int(cache.ledger.held.sum()) == 230
+    batch = sp_compile.pack([b[:1], c[:2]], numbers=[9, 5])  # not in the order of the row
+    with torch.no_grad():
+        with pytest.raises(BatchError, match="logits_to_keep counts rows"):
+            parallel(**batch, past_key_values=cache, logits_to_keep=1)
+        found = parallel(**batch, past_key_values=cache, logits_to_keep=torch.tensor([0, 2, -1])).logits[0]
+        expected = [model(torch.cat(each)[None], use_cache=False).logits[0, -1] for each in ((b, b[:1]), (c, c[:2]))]
+    worst += [float((found[i] - expected[i > 0]).abs().max() / expected[0].abs().max()) for i in range(3)]
     return worst
 
 
 def test_packed_requests_go_on_from_what_the_cache_holds_of_them(ranks):
     for worst in ranks(2).run(turns):
+        assert max(worst) <= 1e-5, worst
+
+
+def by_ids_alone() -> list[float]:
+    """Without positions the model does not tell requests apart itself, from the second on."""
+    model, (a, b) = build("gemma3_text"), prompts((60, 9))
+    parallel = sp_compile.parallelize(model, codegen="eager")
+    cache, worst = sp_compile.ShardedCache(parallel, page_size=2), []
+    for parts in ({0: a[:50]}, {1: b[:8]}, {1: b[8:], 0: a[50:]}):
+        batch = sp_compile.pack([*parts.values()], numbers=[*parts])
+        with torch.no_grad():
+            out = batch.split(parallel(batch["input_ids"], past_key_values=cache).logits)
+            for number, logits in zip(parts, out, strict=True):
+                length = cache.ledger.length(number)
+                expected = model((a, b)[number][None, :length], use_cache=False).logits[0, length - logits.shape[1] :]
+                worst.append(float((logits[0] - expected).abs().max() / expected.abs().max()))
+    assert [each.window for each in cache.storages] == [20, None]
+    return worst
+
+
+def test_windows_are_the_same_for_requests_that_a_pass_isolates(ranks):
+    for worst in ranks(2).run(by_ids_alone):
         assert max(worst) <= 1e-5, worst
 
 

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 import sp_compile
 from sp_compile import mesh
 from sp_compile.compiled import Kept, Step
-from sp_compile.errors import CacheError
+from sp_compile.errors import CacheError, CacheFullError
+from sp_compile.storage import Storage
 
 pytest.importorskip("transformers")
 
@@ -174,3 +175,56 @@ def test_a_failed_first_forward_does_not_say_what_the_cache_is_for():
     cache.rollback()
     step, _ = cache.begin(dict(sp_compile.pack([[5, 5]])), "zigzag")
     cache.commit(kept(step, torch.ones(1, 2)))
+
+
+def test_requests_that_come_together_begin_on_ranks_in_turn():
+    found = caches(4)
+    for cache in found:
+        step, _ = cache.begin(dict(sp_compile.pack([[5]] * 8)), "zigzag")
+        cache.commit(kept(step, torch.ones(1, 8)))
+        assert cache.ledger.held.tolist() == [2, 2, 2, 2]
+
+
+def test_a_failure_while_storing_is_told_until_the_cache_is_reset(monkeypatch):
+    (cache,) = caches(1)
+    step, _ = cache.begin({"input_ids": torch.full((1, 30), 5)}, "zigzag")
+    cache.commit(kept(step, torch.ones(1, 30)))
+    step, _ = cache.begin({"input_ids": torch.full((1, 1), 5)}, "zigzag")
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "write", lambda *_: (_ for _ in ()).throw(MemoryError()))
+        with pytest.raises(MemoryError):
+            cache.commit(kept(step, torch.ones(1, 1)))
+    cache.rollback()
+    with pytest.raises(CacheError, match=r"failed while its keys and values were stored; call reset\(\)"):
+        cache.check(SimpleNamespace(module=cache._module, group=cache._group))
+    cache.reset()
+    step, _ = cache.begin(dict(sp_compile.pack([[5] * 3])), "zigzag")
+    cache.commit(kept(step, torch.ones(1, 3)))
+    cache.check(SimpleNamespace(module=cache._module, group=cache._group))
+    assert int(cache.storages[0].valid.sum()) == 3
+
+
+def test_what_does_not_fit_leaves_no_trace_and_room_is_used_again():
+    (module, group) = torch.nn.Linear(1, 1), mesh.pretend(1)
+    cache = sp_compile.ShardedCache(SimpleNamespace(module=module, group=group), max_tokens=8, page_size=2)
+    with pytest.raises(CacheFullError, match="requests take whole pages"):
+        cache.begin(dict(sp_compile.pack([[5]] * 5)), "zigzag")
+    assert cache.numbers == set()
+    assert cache.rows is None
+    for i in range(1, 9):
+        cache.reserve({i: 64 * i})
+        step, _ = cache.begin(dict(sp_compile.pack([[5]], numbers=[i])), "zigzag")
+        cache.commit(kept(step, torch.ones(1, 1)))
+        cache.finish(i)
+        assert len(cache.rows.lengths(0)) == 1
+
+
+def test_layers_may_not_keep_other_windows_than_before():
+    (cache,) = caches(1)
+    step, _ = cache.begin(dict(sp_compile.pack([[5]])), "zigzag")
+    cache.commit(kept(step, torch.ones(1, 1)))
+    step, _ = cache.begin(dict(sp_compile.pack([[5]], numbers=[1])), "zigzag")
+    with pytest.raises(CacheError, match="keep other windows"):
+        cache.commit(kept(step, torch.ones(1, 1), window=5))
+    cache.rollback()
+    assert cache.numbers == {0}
