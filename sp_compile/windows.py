@@ -106,7 +106,7 @@ def _row_numbers(operand: fx.Node, tokens: sympy.Symbol | None, apart: bool) -> 
     Where only pairs of the same request are seen (``apart``), they may count from where that begins.
     """
     shape: Sequence[Any] = shape_of(operand)
-    if tokens is None or len(shape) < 2 or product(shape) != tokens or shape[-2:].count(tokens) != 1:
+    if tokens is None or len(shape) < 2 or tokens not in shape[-2:]:
         return None
     offset = _offset(operand, tokens, apart)
     if offset is None:
@@ -114,13 +114,23 @@ def _row_numbers(operand: fx.Node, tokens: sympy.Symbol | None, apart: bool) -> 
     return _Linear(query=1, constant=offset) if shape[-2] == tokens else _Linear(key=1, constant=offset)
 
 
+def _inner(node: fx.Node, tokens: sympy.Symbol) -> Any:
+    """Elements behind each row of the token dim; None where there is no such dim."""
+    shape = shape_of(node)
+    return product(shape[shape.index(tokens) + 1 :]) if shape.count(tokens) == 1 else None
+
+
 def _offset(node: Any, tokens: sympy.Symbol, apart: bool) -> float | None:
-    """``c`` where the node's elements are ``c, c + 1, ...``, one a row, or a row of a request if that will do."""
-    if not isinstance(node, fx.Node) or node.op != "call_function":
+    """``c`` where the node's elements along the token dim are ``c, c + 1, ...``, and along others the same.
+
+    They may begin anew with each request where that will do (``apart``).
+    """
+    if not isinstance(node, fx.Node) or node.op != "call_function" or shape_of(node).count(tokens) != 1:
         return None
     args: Any = node.args
     if node.target in SAME_ORDER:
-        return _offset(args[0], tokens, apart) if product(shape_of(args[0])) == tokens else None
+        kept = node.target is aten.expand.default or _inner(args[0], tokens) == _inner(node, tokens)
+        return _offset(args[0], tokens, apart) if kept else None
     if node.target in (aten.add.Tensor, aten.sub.Tensor) and not node.kwargs and isinstance(args[1], int | float):
         base = _offset(args[0], tokens, apart)
         return None if base is None else base + (args[1] if node.target is aten.add.Tensor else -args[1])

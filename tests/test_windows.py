@@ -57,3 +57,16 @@ def test_positions_that_come_from_outside_prove_nothing():
     program = after("propagate_placements", forward, embeds(32) | {"position_ids": torch.arange(11)[None]})
     (node,) = ops.attention_nodes(program.graph)
     assert window_of(node, program.tokens) is None
+
+
+def test_rows_of_a_batch_have_one_window():
+    def forward(self: Any, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        q, k, v = qkv(inputs_embeds)
+        rows = torch.arange(inputs_embeds.shape[1])[None].expand(3, -1)
+        queries, keys = rows.reshape(3, 1, -1, 1), rows.reshape(3, 1, 1, -1)
+        seen = (keys <= queries) & (keys > queries - 7)
+        return F.scaled_dot_product_attention(q, repeated(k), repeated(v), attn_mask=seen)
+
+    program = after("propagate_placements", forward, {"inputs_embeds": torch.randn(3, 11, 32)})
+    (node,) = ops.attention_nodes(program.graph)
+    assert window_of(node, program.tokens) == 7
