@@ -284,7 +284,7 @@ def loaded(folder: str, packed: bool) -> float:
     return max(error(a, expected[:1, 50:]), error(b, expected[1:, 3:]))
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_saved_cache_goes_on_with_another_number_of_ranks(ranks, tmp_path, packed: bool):
     ranks(3).run(saved, str(tmp_path), packed, None)
     assert {each.name for each in tmp_path.iterdir()} == {"layout.json", "inputs.safetensors", *(
