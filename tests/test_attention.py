@@ -58,8 +58,9 @@ def check(errors: Errors, dtype: torch.dtype) -> None:
 
 
 slow = pytest.mark.slow
+FAST = ((1, torch.float32), (2, torch.bfloat16), (3, torch.float32))
 CASES = [
-    pytest.param(sp, dtype, marks=[slow] if (sp, dtype) in ((3, torch.bfloat16), (4, torch.bfloat16)) else [])
+    pytest.param(sp, dtype, marks=[] if (sp, dtype) in FAST else [slow])
     for sp in (1, 2, 3, 4)
     for dtype in (torch.float32, torch.bfloat16)
 ]
@@ -74,7 +75,7 @@ def test_right_against_the_definition(ranks, sp: int, kind: str, dtype: torch.dt
         assert not wide
 
 
-@pytest.mark.parametrize("kernel", ["dense", "dense_fp64"])
+@pytest.mark.parametrize("kernel", ["dense", pytest.param("dense_fp64", marks=slow)])
 @pytest.mark.parametrize("kind", ["packed", "padded left", "sinks", "relative bias per head", "MLA"])
 def test_dense_kernels_serve_all(ranks, kind: str, kernel: str):
     for errors, _, _ in ranks(2).run(run, kind, torch.float32, kernel=kernel):
