@@ -307,11 +307,10 @@ class ShardedCache(Cache):
         indices = {name: each.to(device) for name, each in indices.items()}
         past = bool(starts.any())
         if past:
+            queries = layout.valid.numpy(), places.request[layout.local_index.numpy()]
             for i, (held, run) in enumerate(zip(self.storages, runs, strict=True)):
                 indices |= {f"held_index_{i}": held.index, f"held_valid_{i}": held.valid}
-                indices[f"held_runs_{i}"] = torch.from_numpy(
-                    crossed(layout.valid.numpy(), places.request[layout.local_index.numpy()], run)
-                )
+                indices[f"held_runs_{i}"] = torch.from_numpy(crossed(*queries, run))
         length = int(starts.max())
         step = Step(
             layout,

@@ -24,7 +24,7 @@ from sp_compile.errors import CacheError
 from sp_compile.ledger import Shelf
 from sp_compile.mesh import Group
 from sp_compile.rows import BatchRows, PackedRows
-from sp_compile.storage import Storage
+from sp_compile.storage import Storage, indexable
 
 if TYPE_CHECKING:
     from sp_compile.cache import ShardedCache
@@ -53,7 +53,7 @@ def save(cache: ShardedCache, folder: Path, module: nn.Module, group: Group) -> 
         tensors[f"position_{shelf}"] = torch.from_numpy(places.position[own][kept])
         rows = torch.from_numpy(slots[kept]).to(held.index.device)
         for number, each in zip(held.numbers, held.tensors, strict=True):
-            tensors[str(number)] = _bytes_of_fp8(each).index_select(2, rows).view(each.dtype).cpu().contiguous()
+            tensors[str(number)] = indexable(each).index_select(2, rows).view(each.dtype).cpu().contiguous()
     _write(tensors, folder / f"rank-{group.rank}.safetensors")
     inputs = cache.rows.saved(requests, lengths)
     if group.rank == 0:
@@ -133,7 +133,7 @@ def load(cache: ShardedCache, folder: Path, layout: dict[str, Any], device: torc
             parts = []
             for number in described["tensors"]:
                 whole = file.get_tensor(str(number))
-                parts.append(_bytes_of_fp8(whole).index_select(2, chosen).view(whole.dtype).to(device))
+                parts.append(indexable(whole).index_select(2, chosen).view(whole.dtype).to(device))
             if storage is None:
                 storage = Storage(window, described["tensors"], parts, parts[0].dtype)
                 storage.reserve(max(int(ledger.shelves[window].slots[cache.rank]), ledger.page))
@@ -177,11 +177,6 @@ def _write(tensors: dict[str, torch.Tensor], path: Path) -> None:
     part = path.with_name(f".{path.name}")
     save_file(tensors, part)
     part.replace(path)
-
-
-def _bytes_of_fp8(tensor: torch.Tensor) -> torch.Tensor:
-    """torch selects no rows of fp8."""
-    return tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor
 
 
 def _barrier(group: Group) -> None:

@@ -34,9 +34,7 @@ def show_result(result: JobResult, console: Console) -> None:
     """The result of a job as tables."""
     run, chosen = result.config["run"], result.config["compile"]
     console.print(
-        f"{result.model}, {result.parameters / 1e6:.1f} M parameters, {result.config['model']['dtype']} "
-        f"on {result.device}; {len(result.lengths)} requests of {min(result.lengths)} to {max(result.lengths)} tokens, "
-        f"{sum(result.lengths)} in all; {chosen['scheme']} layout over {run['sp']} ranks",
+        f"{_heading(result)}, {sum(result.lengths)} in all; {chosen['scheme']} layout over {run['sp']} ranks",
         highlight=False,
     )
     console.print(_summary(result))
@@ -78,10 +76,7 @@ def show_generation(result: GenerationResult, console: Console) -> None:
     """The result of a generating job as a table."""
     run, chosen = result.config["run"], result.config["generate"]
     console.print(
-        f"{result.model}, {result.parameters / 1e6:.1f} M parameters, {result.config['model']['dtype']} "
-        f"on {result.device}; {len(result.lengths)} requests of {min(result.lengths)} to {max(result.lengths)} tokens, "
-        f"up to {chosen['max_new_tokens']} new ones each; over {run['sp']} ranks",
-        highlight=False,
+        f"{_heading(result)}, up to {chosen['max_new_tokens']} new ones each; over {run['sp']} ranks", highlight=False
     )
     table = Table(show_header=False)
     table.add_column()
@@ -107,6 +102,14 @@ def show_generation(result: GenerationResult, console: Console) -> None:
     table.add_row("cache of each rank", ", ".join(map(_bytes, result.cache_bytes)))
     table.add_row("bytes sent by each rank for a new token", _bytes(result.bytes_sent / result.step_requests))
     console.print(table)
+
+
+def _heading(result: JobResult | GenerationResult) -> str:
+    """The model and the requests of a job."""
+    return (
+        f"{result.model}, {result.parameters / 1e6:.1f} M parameters, {result.config['model']['dtype']} "
+        f"on {result.device}; {len(result.lengths)} requests of {min(result.lengths)} to {max(result.lengths)} tokens"
+    )
 
 
 def _ranks(result: JobResult) -> Table:

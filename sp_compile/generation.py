@@ -111,7 +111,8 @@ def generate(
     ]
     seeds = [_shared_seed(seed, model.group, prompts[0].device) + i for i in range(len(running))]
     sampler = Sampler(config, [each.prompt for each in running], seeds)
-    run = _Run(model, cache, sampler, logprobs, prompt_logprobs, on_token)
+    keeps_logits = "logits_to_keep" in inspect.signature(model.module.forward).parameters
+    run = _Run(model, cache, sampler, logprobs, prompt_logprobs, on_token, keeps_logits)
     cache.reserve({each.number: len(each.prompt) + each.limit for each in running})
     try:
         for chunks in _prefill(running, prefill_tokens):
@@ -180,6 +181,7 @@ class _Run:
     logprobs: bool
     prompt_logprobs: bool
     on_token: Callable[[int, int], None] | None
+    keeps_logits: bool  # the model's forward can be told which it is to return
 
     def prefill(self, chunks: Sequence[tuple[_Request, int]]) -> None:
         """Run the next tokens of prompts, and sample for those that are complete."""
@@ -213,7 +215,7 @@ class _Run:
         device = batch["input_ids"].device
         rows = rows.to(device)
         options: dict[str, Any] = {}
-        if "logits_to_keep" in inspect.signature(self.model.module.forward).parameters:
+        if self.keeps_logits:
             options["logits_to_keep"] = rows.repeat(2) if len(rows) == 1 else rows  # code for one would be other code
         logits = self._forward(batch, "full", **options)
         return logits[: len(rows)] if options else logits[rows]

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 from sp_compile.api import parallelize
 from sp_compile.config import JobConfig
@@ -153,9 +154,11 @@ def compare(job: JobConfig, model: nn.Module, requests: list[torch.Tensor], toke
                 found.append(model.generate(each[None], attention_mask=mask, **options)[0, len(each) :].tolist())  # type: ignore[operator]
         else:
             longest = max(map(len, requests))
-            ids = torch.stack([nn.functional.pad(each, (longest - len(each), 0)) for each in requests])
-            mask = torch.stack([torch.arange(longest) >= longest - len(each) for each in requests]).long()
-            rows = model.generate(ids, attention_mask=mask.to(ids.device), **options)  # type: ignore[operator]
+            ids, mask = (
+                pad_sequence(each, batch_first=True, padding_side="left")
+                for each in (requests, [torch.ones_like(each) for each in requests])
+            )
+            rows = model.generate(ids, attention_mask=mask, **options)  # type: ignore[operator]
             found = rows[:, longest:].tolist()
         seconds = time.perf_counter() - start
     for ours, theirs in zip(tokens, found, strict=True):

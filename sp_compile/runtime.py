@@ -149,19 +149,15 @@ class ParallelModule(nn.Module):
                     unmasked = {name: each for name, each in named.items() if name != "attention_mask"}
                     check_inputs(unmasked, self._device(named))
                     others = {key: each for key, each in kwargs.items() if key not in (*named, "past_key_values")}
-                    contents = cache.contents
                     step, whole = cache.begin(named, self.compile_config.scheme)
                     if step.promised and others.get("logits_to_keep"):
                         raise BatchError("logits_to_keep counts rows; pass a tensor of numbers of the new tokens")
                     if self._compares_inputs:
-                        fields.update(fingerprint.of_inputs(named, step.lengths, others) | {"the cache": contents})
+                        fields.update(fingerprint.of_inputs(named, step.lengths, others))
+                        fields["the cache"] = cache.contents
                 self.layout = step.layout
                 step = replace(step, outputs=outputs or self.compile_config.outputs)
-                options = {**others, **whole, "use_cache": False}
-                if step.promised:
-                    result = self._apart((), self.options(options), step)
-                else:
-                    result = self._run_step((), options, step)
+                result = self._apart((), {**others, **whole, "use_cache": False}, step)
                 cache.commit(self._kept)
         except BaseException:
             cache.rollback()

@@ -61,10 +61,7 @@ class Storage:
             kept: ``[batch, kv_heads, tokens, dim]`` each, in any floating-point dtype.
         """
         for tensor, each in zip(self.tensors, kept, strict=True):
-            new = each.to(tensor.dtype)
-            if tensor.element_size() == 1:  # torch has no index_copy_ for fp8
-                tensor, new = tensor.view(torch.uint8), new.view(torch.uint8)
-            tensor.index_copy_(2, slots, new)
+            indexable(tensor).index_copy_(2, slots, indexable(each.to(tensor.dtype)))
         self.index[slots], self.valid[slots] = rows, True
         self._seal()
 
@@ -87,6 +84,11 @@ class Storage:
 
     def _seal(self) -> None:
         self._versions = [each._version for each in self.tensors]
+
+
+def indexable(tensor: torch.Tensor) -> torch.Tensor:
+    """A view whose rows torch can select and copy, which it does not always do for fp8."""
+    return tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor
 
 
 def _extended(tensor: torch.Tensor, size: int, dim: int) -> torch.Tensor:
