@@ -386,15 +386,10 @@ class ShardedCache(Cache):
 
     def _renumber(self, row: BatchRows | PackedRows) -> None:
         """Say for all tokens that are held anew where in the row they are."""
-        requests = [each for each in self.ledger.requests if self.ledger.length(each)]
-        counts = self.ledger.lengths(requests).tolist()
-        places = self.ledger.place(requests, [0] * len(requests), counts)
-        own = places.rank == self.rank
-        rows = torch.from_numpy((row.starts(requests)[places.request] + places.position)[own])
         for each in self.storages:
-            slots = self.ledger.slots(requests, places, self.rank, each.window)
-            at = torch.from_numpy(np.flatnonzero(slots >= 0))
-            each.number(torch.from_numpy(slots)[at], rows[at])
+            requests, places, slots = self.ledger.kept(self.rank, each.window)
+            rows = row.starts(requests)[places.request] + places.position
+            each.number(torch.from_numpy(slots), torch.from_numpy(rows))
 
 
 def _at_least_two(rows: torch.Tensor) -> torch.Tensor:

@@ -43,15 +43,12 @@ def save(cache: ShardedCache, folder: Path, module: nn.Module, group: Group) -> 
         (folder / LAYOUT).unlink(missing_ok=True)
     _barrier(group)
     lengths = cache.ledger.lengths(requests).tolist()
-    places = cache.ledger.place(requests, [0] * len(requests), lengths)
-    own = places.rank == group.rank
     tensors: dict[str, torch.Tensor] = {}
     for shelf, held in enumerate(cache.storages):
-        slots = cache.ledger.slots(requests, places, group.rank, held.window)
-        kept = np.flatnonzero(slots >= 0)
-        tensors[f"request_{shelf}"] = torch.from_numpy(places.request[own][kept])
-        tensors[f"position_{shelf}"] = torch.from_numpy(places.position[own][kept])
-        rows = torch.from_numpy(slots[kept]).to(held.index.device)
+        _, places, slots = cache.ledger.kept(group.rank, held.window)
+        tensors[f"request_{shelf}"] = torch.from_numpy(places.request)
+        tensors[f"position_{shelf}"] = torch.from_numpy(places.position)
+        rows = torch.from_numpy(slots).to(held.index.device)
         for number, each in zip(held.numbers, held.tensors, strict=True):
             tensors[str(number)] = indexable(each).index_select(2, rows).view(each.dtype).cpu().contiguous()
     _write(tensors, folder / f"rank-{group.rank}.safetensors")

@@ -287,6 +287,15 @@ class Ledger:
                 found[start:end] = shelf.slot(requests[of[start]], rank, ordinal[start:end])
         return found
 
+    def kept(self, rank: int, window: Window = None) -> tuple[list[int], Places, np.ndarray]:
+        """Requests that have tokens, the tokens of them that a rank keeps, and the slots of these."""
+        requests = [each for each in self.requests if self.length(each)]
+        places = self.place(requests, [0] * len(requests), self.lengths(requests).tolist())
+        slots = self.slots(requests, places, rank, window)
+        at = np.flatnonzero(places.rank == rank)[slots >= 0]
+        chosen = Places(*(each[at] for each in (places.position, places.rank, places.ordinal, places.request)))
+        return requests, chosen, slots[slots >= 0]
+
     def settle(self, requests: Sequence[int]) -> None:
         """Let the shelves of a window keep what the next token of each request can see."""
         rows = self._rows(requests)
