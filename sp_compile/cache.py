@@ -15,7 +15,7 @@ from sp_compile.cache_files import load, read_layout, save
 from sp_compile.compiled import Kept, Step, index_inputs
 from sp_compile.errors import CacheError
 from sp_compile.fingerprint import digest
-from sp_compile.inputs import token_input
+from sp_compile.inputs import from_pack, token_input
 from sp_compile.kernels.runs import crossed
 from sp_compile.layout import token_layout
 from sp_compile.ledger import Ledger, Places, Shelf, Window
@@ -259,8 +259,7 @@ class ShardedCache(Cache):
             CacheError: the cache holds rows ``[B, S]``.
         """
         self.rows = self.rows or PackedRows()
-        if isinstance(self.rows, BatchRows):
-            raise CacheError("the cache holds rows [B, S] and cannot go on with packed requests; make another")
+        check_kind(self.rows, packed=True)
         if self.rows.fit([*lengths], [*lengths.values()]):
             self._renumber(self.rows)
 
@@ -278,7 +277,7 @@ class ShardedCache(Cache):
         """
         assert self._pending is None, "one forward at a time"
         rows = self.rows or rows_for(named)
-        check_kind(rows, named)
+        check_kind(rows, from_pack(named.values()))
         tokens, _ = token_input(named)
         requests, counts = rows.asked(named, tokens, self.get_seq_length(), self.batch_size)
         finished = [each for each in requests if each in self.finished]

@@ -251,13 +251,13 @@ def rows_for(named: Mapping[str, torch.Tensor]) -> BatchRows | PackedRows:
     return PackedRows() if from_pack(named.values()) else BatchRows()
 
 
-def check_kind(rows: BatchRows | PackedRows, named: Mapping[str, torch.Tensor]) -> None:
-    """Check that a call brings what the cache was filled with.
+def check_kind(rows: BatchRows | PackedRows, packed: bool) -> None:
+    """Check that a cache was filled with packed requests, or with rows, as it is to go on.
 
     Raises:
         CacheError: rows after packed requests, or the other way round.
     """
-    if rows.packed != from_pack(named.values()):
+    if rows.packed != packed:
         held, given = ("packed requests", "rows [B, S]") if rows.packed else ("rows [B, S]", "packed requests")
         raise CacheError(f"the cache holds {held} and cannot go on with {given}; make another ShardedCache")
 
