@@ -52,6 +52,7 @@ SHAPE_ARGUMENT = {
 
 # the sizes of what else enters beside a cache
 CACHE_SIZES = {"new_rows": "new_tokens", "kept_rows": "kept"}
+SHELF_SIZES = ("queries", "past", "slots")
 EXAMPLE = 24
 
 
@@ -158,12 +159,12 @@ class _Shapes:
                 return torch.empty((), dtype=torch.int64, device=device)
             if name == "gathered_valid":
                 return torch.empty(rows * sp, dtype=torch.bool, device=device)
-            if name.startswith("held_"):
-                _, what, shelf = name.split("_")
-                if what == "runs":
-                    return torch.empty(self.symbol(f"runs_{shelf}", EXAMPLE), 4, dtype=torch.int64)
-                dtype = torch.bool if what == "valid" else torch.int64
-                return torch.empty(self.symbol(f"slots_{shelf}", EXAMPLE), dtype=dtype, device=device)
+            what, _, shelf = name.rpartition("_")
+            if what == "held_runs":
+                return torch.empty(self.symbol(f"runs_{shelf}", EXAMPLE), 4, dtype=torch.int64)
+            if shelf.isdecimal():
+                dtype = torch.bool if what.endswith("_valid") else torch.int64
+                return torch.empty(self._size_on_shelf(what, shelf), dtype=dtype, device=device)
             if name in ("local_index", "gathered_index"):
                 size = rows if name == "local_index" else rows * sp
             elif name in CACHE_SIZES or (name == "restore_index" and self.program.cached):
@@ -171,6 +172,17 @@ class _Shapes:
             else:
                 size = self._tokens()
             return torch.empty(size, dtype=torch.int64, device=device)
+
+    def _size_on_shelf(self, what: str, shelf: str) -> Any:
+        """The size of an index input of a cache."""
+        rows, sp = self._shard_length(), self.program.sp
+        queries, past, slots = (lambda name=name: self.symbol(f"{name}_{shelf}", EXAMPLE) for name in SHELF_SIZES)
+        sizes = {
+            "held_index": slots, "held_valid": slots, "merged_rows": lambda: rows,
+            "picked_queries": queries, "queries_index": lambda: sp * queries(),
+            "picked_past": past, "seen_index": lambda: sp * (rows + past()), "seen_valid": lambda: sp * (rows + past()),
+        }  # fmt: skip
+        return sizes[what]()
 
     def _tokens(self) -> torch.SymInt:
         assert self.program.tokens is not None

@@ -30,8 +30,18 @@ from torch import fx
 from sp_compile import ops
 from sp_compile.invariants import GATHERED_ONCE, KEYS_PADDED, LOWERED, PLACED, RESTORED, TOKENS_SHARDED
 from sp_compile.pipeline import Pass
-from sp_compile.placements import Gathered, Held, Kept, Partial, QueriesByKeys, Replicate, Shard, describe
-from sp_compile.program import Program, placement
+from sp_compile.placements import (
+    Gathered,
+    Held,
+    Kept,
+    Partial,
+    Picked,
+    QueriesByKeys,
+    Replicate,
+    Shard,
+    describe,
+)
+from sp_compile.program import Program, gathered_index, placement
 from sp_compile.symbols import shape_of
 
 aten = torch.ops.aten
@@ -103,12 +113,12 @@ class _Builder:
         gathered = self.call(c10d.all_gather_into_tensor.default, dense, self.program.sp, self.program.group_name)
         return self.call(c10d.wait_tensor.default, gathered)
 
-    def all_to_all(self, rows: fx.Node) -> fx.Node:
-        """The r-th part of every rank's rows on rank r, stacked."""
+    def all_to_all(self, rows: fx.Node, picked: str) -> fx.Node:
+        """The r-th part of every rank's rows on rank r, stacked; ``picked`` is the index input with its rows."""
         dense = self._dense(rows)
         if self.program.sp == 1:
             return dense
-        rank_rows = [self.call(aten.sym_size.int, self.index("local_index"), 0)] * self.program.sp
+        rank_rows = [self.call(aten.sym_size.int, self.index(picked), 0)] * self.program.sp
         args = (dense, rank_rows, rank_rows, self.program.group_name)
         return self.call(c10d.wait_tensor.default, self.call(c10d.all_to_all_single.default, *args))
 
@@ -134,8 +144,15 @@ def _redistribute(build: _Builder, node: fx.Node) -> fx.Node:
             return build.rows_back(rows, held, dim)
         case Gathered(), Replicate():
             return build.call(aten.index_select.default, source, held.dim, build.index("restore_index"))
+        case Shard(order="") | Held(), Picked():
+            if source.meta["val"].element_size() == 1:  # fp8, of which torch selects no rows
+                source = build.call(aten.view.dtype, source, torch.uint8)
+            return build.call(aten.index_select.default, source, wanted.dim, build.index(f"picked_{wanted.of}"))
+        case Picked(), Gathered():
+            rows, dim = build.rows_first(source, Shard(held.dim))
+            return build.rows_back(build.all_gather(rows), Shard(held.dim), dim)
         case Replicate(), Gathered():
-            return build.call(aten.index_select.default, source, wanted.dim, build.index("gathered_index"))
+            return build.call(aten.index_select.default, source, wanted.dim, build.index(gathered_index(wanted)))
         case Replicate(), Held():
             return build.call(aten.index_select.default, source, wanted.dim, build.index(f"held_index_{wanted.shelf}"))
         case Gathered(), Kept():
@@ -198,7 +215,9 @@ def _exchange_partials(build: _Builder, node: fx.Node) -> fx.Node:
         parts = build.call(aten.view.dtype, build.call(aten.contiguous.default, parts), dtype)
     packed = build.call(aten.cat.default, [out, parts], -1)
     rows = build.call(aten.permute.default, packed, [2, 0, 1, 3])
-    moved = build.call(aten.unflatten.int, build.all_to_all(rows), 0, [build.program.sp, -1])
+    picked = placement(out).of
+    received = build.all_to_all(rows, f"picked_{picked}" if picked else "local_index")
+    moved = build.call(aten.unflatten.int, received, 0, [build.program.sp, -1])
     moved = build.call(aten.permute.default, moved, [0, 2, 3, 1, 4])
     own = build.call(aten.slice.Tensor, moved, -1, 0, width)
     sums = build.call(aten.slice.Tensor, moved, -1, width)

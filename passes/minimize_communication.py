@@ -18,7 +18,8 @@ After::
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from operator import getitem
 from typing import Any
 
@@ -28,7 +29,7 @@ from torch import fx
 from sp_compile import ops
 from sp_compile.invariants import GATHERED_ONCE, KEYS_PADDED, RESTORED
 from sp_compile.pipeline import Pass
-from sp_compile.placements import Gathered, Replicate, Shard
+from sp_compile.placements import Gathered, Picked, Placement, Replicate, Shard
 from sp_compile.program import Program, placement
 from sp_compile.symbols import computed
 
@@ -52,10 +53,11 @@ class MinimizeCommunication(Pass):
         self._gather_once(program)
         if self.join_keys_and_values:
             for node in ops.attention_nodes(program.graph):
-                q, k, v, *_ = node.args
+                q, *keys_and_values = node.args[:3]
                 to_cache = [user for user in q.users if _is_gather(user)]
-                if k is not v and all(map(_is_gather, (k, v))) and not _join(program, [k, v, *to_cache]):
-                    _join(program, [k, v])
+                for k, v in zip(*map(_gathers, keys_and_values), strict=True):
+                    if k is not v and all(map(_is_gather, (k, v))) and not _join(program, [k, v, *to_cache]):
+                        _join(program, [k, v])
         program.remove_dead_code()
 
     def _gather_once(self, program: Program) -> None:
@@ -79,25 +81,31 @@ class MinimizeCommunication(Pass):
                     node.args = (first,)
 
 
+def _gathers(keys: Any) -> Sequence[Any]:
+    """What brings keys or values together: all new ones, and earlier ones that were picked."""
+    return keys.args[:2] if keys.target is ops.joined_keys else (keys,)
+
+
 def _join(program: Program, gathers: list[fx.Node]) -> bool:
     """Gather in one collective what is known before any of it is used; whether that is so."""
     sources: list[Any] = [each.args[0] for each in gathers]
     last = max(sources)
-    same = len({source.meta["val"].dtype for source in sources}) == 1
+    rows, everyone = replace(placement(sources[0]), dim=0), replace(placement(gathers[0]), dim=0)
+    same = len({(source.meta["val"].dtype, placement(source)) for source in sources}) == 1
     if not same or any(user < last for each in gathers for user in each.users):
         return False
     graph, before = program.graph, last.next
     with graph.inserting_before(before):
-        rows = [_rows(graph, source) for source in sources]
-        joined = _call(graph, aten.cat.default, (rows, 1), Shard(0))
-        gathered = _call(graph, ops.redistribute, (joined,), Gathered(0))
-        widths = [row.meta["val"].shape[1] for row in rows]
-        parts = _call(graph, aten.split_with_sizes.default, (gathered, widths, 1), (Gathered(0),) * len(gathers))
+        flat = [_rows(graph, source, rows) for source in sources]
+        joined = _call(graph, aten.cat.default, (flat, 1), rows)
+        gathered = _call(graph, ops.redistribute, (joined,), everyone)
+        widths = [each.meta["val"].shape[1] for each in flat]
+        parts = _call(graph, aten.split_with_sizes.default, (gathered, widths, 1), (everyone,) * len(gathers))
         for i, (each, source) in enumerate(zip(gathers, sources, strict=True)):
-            part = _call(graph, getitem, (parts, i), Gathered(0))
+            part = _call(graph, getitem, (parts, i), everyone)
             batch, heads, _, width = source.meta["val"].shape
-            shape = _call(graph, aten.unflatten.int, (part, 1, [batch, heads, width]), Gathered(0))
-            back = _call(graph, aten.permute.default, (shape, [1, 2, 0, 3]), Gathered(2))
+            shape = _call(graph, aten.unflatten.int, (part, 1, [batch, heads, width]), everyone)
+            back = _call(graph, aten.permute.default, (shape, [1, 2, 0, 3]), replace(everyone, dim=2))
             back.meta["stack_trace"] = each.meta.get("stack_trace")
             each.replace_all_uses_with(back)
         gathered.meta["stack_trace"] = gathers[0].meta.get("stack_trace")
@@ -107,16 +115,17 @@ def _join(program: Program, gathers: list[fx.Node]) -> bool:
 
 
 def _is_gather(node: fx.Node) -> bool:
-    if node.target is not ops.redistribute or placement(node) != Gathered(2):
+    if node.target is not ops.redistribute or not isinstance(placement(node), Gathered):
         return False
-    source = placement(node.args[0])
-    sizes = node.meta["val"].shape
-    return source == Shard(2) and all(isinstance(sizes[dim], int) for dim in (0, 1, 3))
+    source, sizes = placement(node.args[0]), node.meta["val"].shape
+    from_rows = source == Shard(2) or source == Picked(2, placement(node).of)
+    return from_rows and all(isinstance(sizes[dim], int) for dim in (0, 1, 3))
 
 
-def _rows(graph: fx.Graph, source: fx.Node) -> fx.Node:
-    tokens_first = _call(graph, aten.permute.default, (source, [2, 0, 1, 3]), Shard(0))
-    return _call(graph, aten.flatten.using_ints, (tokens_first, 1, -1), Shard(0))
+def _rows(graph: fx.Graph, source: fx.Node, placed: Placement) -> fx.Node:
+    """``[tokens, everything else]``."""
+    tokens_first = _call(graph, aten.permute.default, (source, [2, 0, 1, 3]), placed)
+    return _call(graph, aten.flatten.using_ints, (tokens_first, 1, -1), placed)
 
 
 def _call(graph: fx.Graph, target: Any, args: tuple[Any, ...], placed: Any) -> fx.Node:

@@ -28,8 +28,8 @@ from sp_compile.errors import ConfigError, KernelError, nearest
 from sp_compile.invariants import KEYS_PADDED, PLANNED, RAISED
 from sp_compile.kernels.choice import KERNELS, Need, choose
 from sp_compile.pipeline import Pass
-from sp_compile.placements import REPLICATE, Held, RankLocal
-from sp_compile.program import Program, placement, source_line
+from sp_compile.placements import REPLICATE, Gathered, Held, RankLocal
+from sp_compile.program import Program, gathered_index, placement, source_line
 from sp_compile.score_rule import assigns
 from sp_compile.symbols import shape_of
 
@@ -62,7 +62,14 @@ class PlanAttention(Pass):
             kernel = self._choose(program, node)
             args = ops.AttentionArgs(*node.args)._replace(kernel=kernel)
             if kernel in PLANS:
-                key = (kernel, tuple(args.operands), tuple(args.tables), args.rule)
+                key = (
+                    kernel,
+                    tuple(args.operands),
+                    tuple(args.tables),
+                    args.rule,
+                    placement(args.q),
+                    placement(args.k),
+                )
                 if key not in plans:
                     plans[key] = _plan(program, node, args)
                 args = args._replace(plan=plans[key])
@@ -101,11 +108,11 @@ def _per_head(operand: fx.Node) -> bool:
 
 
 def _plan(program: Program, node: fx.Node, args: ops.AttentionArgs) -> fx.Node:
-    held = placement(args.k)
-    shelf = held.shelf if isinstance(held, Held) else None
-    names = ["local_index", "gathered_index"] if shelf is None else ["gathered_index", f"held_index_{shelf}"]
-    if shelf is not None and args.kernel == "tiles":
-        names.append(f"held_runs_{shelf}")
+    queries, keys = placement(args.q), placement(args.k)
+    names = [gathered_index(queries) if isinstance(queries, Gathered) else "local_index"]
+    names.append(f"held_index_{keys.shelf}" if isinstance(keys, Held) else gathered_index(keys))
+    if isinstance(keys, Held) and args.kernel == "tiles":
+        names.append(f"held_runs_{keys.shelf}")
     rows = [program.index_input(name) for name in names]
     with program.graph.inserting_before(node):
         plan = program.graph.call_function(

@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache
 from sp_compile.cache_files import load, read_layout, save
 from sp_compile.compiled import Kept, Step, index_inputs
 from sp_compile.errors import CacheError
+from sp_compile.fetching import Extension, fetches
 from sp_compile.fingerprint import digest
 from sp_compile.inputs import from_pack, token_input
 from sp_compile.kernels.runs import crossed
@@ -79,6 +80,7 @@ class ShardedCache(Cache):
         self._module, self._group = model.module, model.group
         self.finished: set[int] = set()
         self._pending: _Pending | None = None
+        self._query_bytes: Mapping[Window, int] = {}
         self._broken = False  # a forward failed while it was stored
 
     # what transformers asks of a cache
@@ -302,26 +304,40 @@ class ShardedCache(Cache):
         layout = token_layout(counts, self.sp, scheme, min_shard_length=2)
         indices = index_inputs(layout, self.rank, new_rows)
         indices |= {"new_rows": new_rows, "kept_rows": _at_least_two(layout.restore_index[own])}
-        device = named[tokens].device
-        indices = {name: each.to(device) for name, each in indices.items()}
         past = bool(starts.any())
-        if past:
+        fetched = [self._fetched(each, np.asarray(counts), starts) for each in self.storages] if past else []
+        mixed = any(each.any() for each in fetched)
+        if mixed:
+            new = Extension(self.ledger, self.rank, layout, requests, starts, rows.starts(requests), places.request,
+                            new_rows.numpy())  # fmt: skip
+            for i, held in enumerate(self.storages):
+                found = new.index_inputs(i, held.window, fetched[i], runs[i])
+                indices |= {name: torch.from_numpy(each) for name, each in found.items()}
+        elif past:
             queries = layout.valid.numpy(), places.request[layout.local_index.numpy()]
-            for i, (held, run) in enumerate(zip(self.storages, runs, strict=True)):
-                indices |= {f"held_index_{i}": held.index, f"held_valid_{i}": held.valid}
-                indices[f"held_runs_{i}"] = torch.from_numpy(crossed(*queries, run))
+            indices |= {f"held_runs_{i}": torch.from_numpy(crossed(*queries, run)) for i, run in enumerate(runs)}
+        device = named[tokens].device
+        indices = {name: each if "runs" in name else each.to(device) for name, each in indices.items()}
+        for i, held in enumerate(self.storages if past else ()):
+            indices |= {f"held_index_{i}": held.index, f"held_valid_{i}": held.valid}
         length = int(starts.max())
         step = Step(
             layout,
             indices,
             promised=rows.packed,
-            cached="more" if past else "first",
+            cached=("mixed" if mixed else "more") if past else "first",
             rows=rows.lengths(length + counts[0]),
             held=tuple(self.tensors) if past else (),
             windows=self.windows,
             cache_dtype=self.dtype,
         )
         return step, rows.whole(named, tokens, length, new_rows)
+
+    def _fetched(self, held: Storage, counts: np.ndarray, pasts: np.ndarray) -> np.ndarray:
+        """Of which requests the earlier keys go to new queries; of none as long as it is not known what they cost."""
+        if self.sp == 1 or held.window not in self._query_bytes:
+            return np.zeros(len(counts), dtype=bool)
+        return fetches(counts, pasts, self._query_bytes[held.window], held.token_bytes, held.window)
 
     def commit(self, kept: Kept) -> None:
         """Store the keys and values of the forward that :meth:`begin` began.
@@ -335,6 +351,7 @@ class ShardedCache(Cache):
         if not empty and self.windows != tuple(kept.windows):
             raise CacheError("layers of this forward keep other windows than those of the cache; make another for it")
         self._pending, self._broken = None, True
+        self._query_bytes = kept.query_bytes
         self._store(pending, kept, empty)
         self._broken = False
 

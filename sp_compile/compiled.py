@@ -78,7 +78,7 @@ class Step:
         found = {"tokens": sum(self.lengths), "shard_length": self.layout.shard_length}
         if self.cached:
             found |= {"new_tokens": self.layout.tokens, "kept": self.index_inputs["kept_rows"].numel()}
-        sizes = {"held_index": "slots", "held_runs": "runs"}
+        sizes = {"held_index": "slots", "held_runs": "runs", "picked_queries": "queries", "picked_past": "past"}
         for name, each in self.index_inputs.items():
             what, _, shelf = name.rpartition("_")
             if what in sizes:
@@ -88,10 +88,16 @@ class Step:
 
 @dataclass(frozen=True)
 class Kept:
-    """Keys and values that a forward gives back to be kept, with the window of each; None for all tokens."""
+    """What a forward gives back for its cache.
+
+    Attributes:
+        tensors: keys and values to keep.
+        windows, query_bytes: as :attr:`~sp_compile.program.Program.kept` and ``query_bytes``.
+    """
 
     tensors: Sequence[torch.Tensor] = ()
     windows: Sequence[Window] = ()
+    query_bytes: Mapping[Window, int] = field(default_factory=dict)
 
 
 def index_inputs(layout: TokenLayout, rank: int, rows: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
@@ -206,7 +212,7 @@ class Compiled:
         found = variant.local([*inputs, *(indices[name] for name in variant.index_names)], sizes)
         windows = variant.program.kept
         ours = len(found) - len(windows)
-        return list(found[:ours]), Kept(found[ours:], windows)
+        return list(found[:ours]), Kept(found[ours:], windows, variant.program.query_bytes)
 
     def report(self, step: Step) -> Report:
         """What the last call ran."""

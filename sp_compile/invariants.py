@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
 
 from sp_compile import ops
-from sp_compile.placements import REPLICATE, Gathered, Held, Kept, Placement, Replicate, Shard, describe
+from sp_compile.placements import REPLICATE, Gathered, Held, Kept, Picked, Placement, Replicate, Shard, describe
 from sp_compile.program import Program, op_name, placement, uncut_tokens
 from sp_compile.requests import keeps_apart
 from sp_compile.rules import Call, NoRule, apply
@@ -97,7 +97,7 @@ def _by_the_rules(program: Program) -> None:
             if found != REPLICATE and not (isinstance(found, tuple) and all(each == REPLICATE for each in found)):
                 _same(node, found, _outcome(Call(node, program.tokens, inputs, found)).output)
             continue
-        if any(isinstance(each, Gathered) for each in inputs.values()) and node.target not in _TAKES_GATHERED:
+        if any(isinstance(each, Gathered | Picked) for each in inputs.values()) and node.target not in _BY_THEIR_RULES:
             _same(node, found, _through_dims(program, node, inputs))
             continue
         outcome = _outcome(Call(node, program.tokens, inputs, found if isinstance(found, Shard) else None))
@@ -107,21 +107,27 @@ def _by_the_rules(program: Program) -> None:
                 raise Violation(node, f"input %{each.name} as {describe(needed)}", describe(inputs[each]))
 
 
-_TAKES_GATHERED = (
+_BY_THEIR_RULES = (
     torch.ops.sp_compile.attention.default,
     torch.ops.sp_compile.tile_plan.default,
     torch.ops.sp_compile.block_mask.default,
     ops.exchange_partials,
+    ops.joined_keys,
+    ops.merge_partials,
+    ops.put_back,
 )
 
 
 def _through_dims(program: Program, node: fx.Node, inputs: dict[fx.Node, Any]) -> Any:
-    """Gathered rows move through an op as the rank's rows would."""
+    """Gathered or picked rows, of one kind, move through an op as the rank's rows would."""
     assert program.tokens is not None
-    cut = {each: Shard(held.dim) if isinstance(held, Gathered) else held for each, held in inputs.items()}
+    one, *others = {replace(each, dim=0) for each in inputs.values() if isinstance(each, Gathered | Picked)}
+    if others:
+        raise Violation(node, f"inputs of the same rows, as {describe(one)}", describe(others[0]))
+    cut = {each: Shard(held.dim) if isinstance(held, Gathered | Picked) else held for each, held in inputs.items()}
     output = _outcome(Call(node, program.tokens, cut)).output
     parts = output if isinstance(output, tuple) else (output,)
-    whole = tuple(Gathered(each.dim) if isinstance(each, Shard) else each for each in parts)
+    whole = tuple(replace(one, dim=each.dim) if isinstance(each, Shard) else each for each in parts)
     return whole if isinstance(output, tuple) else whole[0]
 
 
@@ -142,7 +148,7 @@ def _keys_in_padded_order(program: Program) -> None:
         return
     for node in ops.attention_nodes(program.graph):
         for key in node.args[1:3]:
-            if placement(key) != Gathered(2) and not isinstance(placement(key), Held):
+            if not isinstance(placement(key), Gathered | Held):
                 raise Violation(node, f"%{key.name} as Gathered(2)", describe(placement(key)))
 
 
@@ -152,9 +158,11 @@ def _cache_seen(program: Program) -> None:
         return
     if program.tokens is None:
         raise Violation(None, "a symbolic token length, so that tokens are spread", "a fixed one")
-    for node in ops.attention_nodes(program.graph) if program.cached == "more" else ():
+    for node in ops.attention_nodes(program.graph) if program.cached != "first" else ():
         part = ops.attention_part(node, 0)
-        merged = part is not None and any(user.target is ops.merge_partials for user in part.users)
+        readers = [*part.users] if part is not None else []
+        readers += [user for each in readers for user in each.users]  # of the rows that are picked
+        merged = any(user.target is ops.merge_partials for user in readers)
         if not isinstance(placement(node.args[1]), Held) and not merged:
             raise Violation(node, "a merge with attention over held keys", "none")
     kept = [node for node in program.graph.output_node().all_input_nodes if placement(node) == Kept(2)]

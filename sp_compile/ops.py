@@ -70,6 +70,22 @@ def merge_partials(
     return merged.to(out.dtype), largest + torch.log(total)
 
 
+def joined_keys(new: torch.Tensor, past: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Earlier keys or values behind the new ones.
+
+    Args:
+        new: ``[batch, kv_heads, keys, dim]``.
+        past: the same for earlier tokens, in ``dtype`` or as its bytes.
+    """
+    earlier = past.view(dtype) if past.dtype == torch.uint8 else past
+    return torch.cat([new, earlier.to(new.dtype)], dim=2)
+
+
+def put_back(own: torch.Tensor, merged: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """The rank's rows along dim 2, some of them replaced: ``rows`` number those of ``own`` and then ``merged``."""
+    return torch.cat([own, merged], dim=2).index_select(2, rows)
+
+
 class AttentionArgs(NamedTuple):
     """The arguments of an ``attention`` node: ``AttentionArgs(*node.args)``; see :func:`attention`."""
 

@@ -44,12 +44,32 @@ class Shard:
 
 @dataclass(frozen=True)
 class Gathered:
-    """All rows on every rank along ``dim``, in padded SP order (``sp * shard_length`` of them)."""
+    """All rows on every rank along ``dim``, in padded SP order (``sp * shard_length`` of them).
+
+    With ``of``, other rows than all: those that every rank picked (see :class:`Picked`), rank after rank, or for
+    ``seen_<shelf>`` all new rows and behind them earlier ones that were picked.
+    """
 
     dim: int
+    of: str = ""
 
     def __str__(self) -> str:
-        return f"Gathered({self.dim})"
+        return f"Gathered({self.dim}{f', {self.of}' if self.of else ''})"
+
+
+@dataclass(frozen=True)
+class Picked:
+    """Some of what the rank has along ``dim``, as much on every rank.
+
+    ``of`` says what: ``queries_<shelf>`` are new rows whose queries go to earlier keys, ``past_<shelf>`` are slots of a
+    cache whose keys go to new queries.
+    """
+
+    dim: int
+    of: str
+
+    def __str__(self) -> str:
+        return f"Picked({self.dim}, {self.of})"
 
 
 @dataclass(frozen=True)
@@ -101,7 +121,7 @@ class RankLocal:
         return f"RankLocal(by {self.source})"
 
 
-Placement = Replicate | Shard | Gathered | Held | Kept | QueriesByKeys | RankLocal | Partial
+Placement = Replicate | Shard | Gathered | Picked | Held | Kept | QueriesByKeys | RankLocal | Partial
 REPLICATE = Replicate()
 
 

@@ -12,13 +12,15 @@ import torch
 from torch import fx
 
 from sp_compile.ledger import Window
-from sp_compile.placements import REPLICATE, Placement, describe
+from sp_compile.placements import REPLICATE, Gathered, Placement, describe
 from sp_compile.symbols import is_float, is_tensor, length_input, tensors_of, token_dims
 
 LETTERS = {"tokens": "T", "shard_length": "n"}
 INDEX_INPUTS = ("local_index", "gathered_index", "gathered_valid", "restore_index", "rank", "request_index",
                 "request_start", "new_rows", "kept_rows")  # fmt: skip
-HELD = re.compile(r"held_(?:(?:index|valid|runs)_)?\d+")  # the tensors of a cache, and what is where on a shelf
+# the tensors of a cache, what is where on a shelf, and which queries and keys go to each other
+OF_CACHE = re.compile(r"(?:held|held_index|held_valid|held_runs|picked_queries|picked_past|queries_index|merged_rows"
+                      r"|seen_index|seen_valid)_\d+")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,12 @@ class Program:
         token_inputs: placeholders whose rows are cut to the rank's, with their token dim.
         outputs: ``full`` or ``sharded``.
         isolated: made for packed batches that the model itself would mix.
-        cached: keys and values are kept for later calls (``first``), and those of earlier calls seen too (``more``).
+        cached: keys and values are kept for later calls (``first``), and those of earlier calls seen too: where they
+            are (``more``), or of some requests where the new tokens are (``mixed``).
         cache_dtype: of kept keys and values; None for the model's own.
         kept: windows of the keys and values to keep, which are the outputs' end; None for all tokens.
+        query_bytes: of one token's queries on their way to earlier keys and of what comes back, in all layers of a
+            window.
         isolation: what was done to keep their requests apart.
         compiled: whether code is generated for the graph, or it runs as it is.
         fallbacks: what was computed on gathered inputs.
@@ -68,6 +73,7 @@ class Program:
     cached: str = ""
     cache_dtype: torch.dtype | None = None
     kept: tuple[Window, ...] = ()
+    query_bytes: dict[Window, int] = field(default_factory=dict)
     isolation: str = ""
     compiled: bool = True
     fallbacks: list[Fallback] = field(default_factory=list)
@@ -104,7 +110,7 @@ class Program:
 
     def index_input(self, name: str) -> fx.Node:
         """The placeholder of one of :data:`INDEX_INPUTS` or of a cache, added at its first use."""
-        assert name in INDEX_INPUTS or HELD.fullmatch(name), name
+        assert name in INDEX_INPUTS or OF_CACHE.fullmatch(name), name
         last = None
         for node in self.graph.nodes:
             if node.op != "placeholder":
@@ -142,6 +148,13 @@ def uncut_tokens(program: Program) -> list[tuple[fx.Node, int, list[fx.Node]]]:
 def placement(node: fx.Node) -> Any:
     """The node's placement; values without one are replicated."""
     return node.meta.get("placement", REPLICATE)
+
+
+def gathered_index(gathered: Placement) -> str:
+    """The index input that says which rows of the whole row are gathered; without ranks all are."""
+    of = gathered.of if isinstance(gathered, Gathered) else ""
+    what, _, shelf = of.rpartition("_")
+    return f"{what}_index_{shelf}" if of else "gathered_index"
 
 
 def source_line(node: fx.Node) -> str:

@@ -42,6 +42,11 @@ class Storage:
         return sum(each.nbytes for each in self.tensors)
 
     @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's keys and values, in one row of the batch."""
+        return sum(each.shape[1] * each.shape[3] * each.element_size() for each in self.tensors)
+
+    @property
     def edited(self) -> bool:
         """Whether someone else wrote into the tensors."""
         return self._versions != [each._version for each in self.tensors]

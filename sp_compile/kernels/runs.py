@@ -125,7 +125,8 @@ def crossed(valid: np.ndarray, request: np.ndarray, runs: np.ndarray) -> np.ndar
     at = np.flatnonzero(valid.reshape(-1))
     of = request.reshape(-1)[at]
     edges = np.flatnonzero((np.diff(at) != 1) | (np.diff(of) != 0)) + 1
-    first, last = np.concatenate([[0], edges]), np.concatenate([edges, [len(at)]]) - 1
+    ends = np.append(edges, len(at)) if len(at) else edges
+    first, last = np.append(0, ends)[:-1], ends - 1
     queries = np.stack([at[first], at[last] + 1], axis=1)
     low, high = (np.searchsorted(runs[:, 0], of[first], side) for side in ("left", "right"))
     counts = high - low

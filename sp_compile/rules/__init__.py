@@ -84,6 +84,8 @@ RULES: dict[str, Rule] = _table(
         attention.plan: "sp_compile::tile_plan sp_compile::block_mask",
         attention.exchange: "exchange_partials",
         attention.merge: "merge_partials",
+        attention.joined: "joined_keys",
+        attention.put_back: "put_back",
         attention.sdpa: "aten::scaled_dot_product_attention",
     }
 )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import fx
 
 from sp_compile import ops
-from sp_compile.placements import REPLICATE, Gathered, Held, Placement, QueriesByKeys, RankLocal, Shard
+from sp_compile.placements import REPLICATE, Gathered, Held, Picked, Placement, QueriesByKeys, RankLocal, Shard
 from sp_compile.rules.base import Call, NoRule, Outcome, rank_of
 from sp_compile.symbols import shape_of
 
@@ -16,8 +18,8 @@ def attention(call: Call) -> Outcome:
     keys_held = call.placed.get(k)
     if isinstance(keys_held, Held):
         return _over_held_keys(call, keys_held.shelf)
-    padded = call.placed.get(k) == Gathered(2)
-    keys: Placement = Gathered(2) if padded else REPLICATE
+    padded = isinstance(keys_held, Gathered)
+    keys: Placement = keys_held if isinstance(keys_held, Gathered) else REPLICATE
     needs: dict[fx.Node, Placement] = {k: keys, v: keys, q: Shard(2)}
     for operand in operands:
         assert isinstance(operand, fx.Node)
@@ -25,7 +27,7 @@ def attention(call: Call) -> Outcome:
         per_query = rank >= 2 and sizes[-2] == shape_of(q)[2]
         per_key = rank >= 1 and sizes[-1] == shape_of(k)[2]
         if padded and per_key:
-            needs[operand] = QueriesByKeys(rank - 2, rank - 1) if per_query else Gathered(rank - 1)
+            needs[operand] = QueriesByKeys(rank - 2, rank - 1) if per_query else replace(keys, dim=rank - 1)
         else:
             needs[operand] = Shard(rank - 2) if per_query else REPLICATE
     return Outcome((Shard(2), Shard(2)), needs)
@@ -34,26 +36,53 @@ def attention(call: Call) -> Outcome:
 def _over_held_keys(call: Call, shelf: int) -> Outcome:
     """Everyone's queries over the keys that the rank holds."""
     q, k, v, operands, *_ = ops.AttentionArgs(*call.node.args)
-    needs: dict[fx.Node, Placement] = {k: Held(2, shelf), v: Held(2, shelf), q: Gathered(2)}
+    queries = _gathered(call, q)
+    needs: dict[fx.Node, Placement] = {k: Held(2, shelf), v: Held(2, shelf), q: queries}
     for operand in operands:
         assert isinstance(operand, fx.Node)
         rank, sizes = rank_of(operand), shape_of(operand)
         if rank >= 1 and sizes[-1] == shape_of(k)[2]:
             needs[operand] = Held(rank - 1, shelf)
         else:
-            needs[operand] = Gathered(rank - 2) if rank >= 2 and sizes[-2] == shape_of(q)[2] else REPLICATE
-    return Outcome((Gathered(2), Gathered(2)), needs)
+            per_query = rank >= 2 and sizes[-2] == shape_of(q)[2]
+            needs[operand] = replace(queries, dim=rank - 2) if per_query else REPLICATE
+    return Outcome((queries, queries), needs)
+
+
+def _gathered(call: Call, node: fx.Node) -> Gathered:
+    """How a node's rows are gathered along dim 2: all of them, or those that were picked."""
+    found = call.placed.get(node)
+    return Gathered(2, found.of if isinstance(found, Gathered) else "")
 
 
 def exchange(call: Call) -> Outcome:
     """Partial outputs of everyone's queries, to the ranks of the queries."""
-    return Outcome((Shard(3), Shard(3)), dict.fromkeys(call.tensors, Gathered(2)))
+    queries = _gathered(call, call.tensors[0])
+    own = Picked(3, queries.of) if queries.of else Shard(3)
+    return Outcome((own, own), dict.fromkeys(call.tensors, queries))
 
 
 def merge(call: Call) -> Outcome:
     """Each rank merges what belongs to its own queries."""
     out, lse, *parts = call.tensors
-    return Outcome((Shard(2), Shard(2)), {out: Shard(2), lse: Shard(2), **dict.fromkeys(parts, Shard(3))})
+    found = call.placed.get(out)
+    own: Placement = Picked(2, found.of) if isinstance(found, Picked) else Shard(2)
+    received: Placement = Picked(3, found.of) if isinstance(found, Picked) else Shard(3)
+    return Outcome((own, own), {out: own, lse: own, **dict.fromkeys(parts, received)})
+
+
+def joined(call: Call) -> Outcome:
+    """Earlier keys that were gathered, behind all new ones."""
+    new, past = call.tensors
+    of = _gathered(call, past).of
+    return Outcome(Gathered(2, of.replace("past", "seen")), {new: Gathered(2), past: Gathered(2, of)})
+
+
+def put_back(call: Call) -> Outcome:
+    """What was merged for picked rows, among the rank's."""
+    own, merged, *_ = call.tensors
+    found = call.placed.get(merged)
+    return Outcome(Shard(2), {own: Shard(2), merged: Picked(2, found.of if isinstance(found, Picked) else "")})
 
 
 def plan(call: Call) -> Outcome:

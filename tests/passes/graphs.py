@@ -91,7 +91,7 @@ def after(
         inputs: keyword arguments; by default a packed row of embeddings.
         options: of passes, by their names.
         isolated: as for a packed batch that the model itself would mix.
-        cached: as with a cache: ``first`` or ``more``.
+        cached: as with a cache: ``first``, ``more`` or ``mixed``.
         functional: False captures as models are that cannot be made functional, with composite ops as written.
     """
     names = list(registered_passes())

@@ -12,7 +12,7 @@ from sp_compile import invariants, ops
 from sp_compile.errors import CacheError
 from sp_compile.placements import REPLICATE, Gathered, Held, Kept, Shard
 from sp_compile.program import placement
-from tests.passes.graphs import after, calls, embeds, qkv, repeated
+from tests.passes.graphs import after, call, calls, embeds, qkv, repeated
 
 
 def causal(self: Any, inputs_embeds: torch.Tensor) -> torch.Tensor:
@@ -37,6 +37,36 @@ def test_queries_meet_held_keys_and_partial_outputs_are_merged():
     kept = [each for each in program.graph.output_node().all_input_nodes if placement(each) == Kept(2)]
     assert len(kept) == 2
     assert program.kept == (None, None)
+
+
+def test_of_each_request_queries_or_earlier_keys_are_picked():
+    program = after("shard_cache", causal, embeds(32), cached="mixed")
+    new, held = ops.attention_nodes(program.graph)
+    assert [placement(each) for each in new.args[:3]] == [Shard(2), *[Gathered(2, "seen_0")] * 2]
+    assert [placement(each) for each in held.args[:3]] == [Gathered(2, "queries_0"), Held(2), Held(2)]
+    for whole, past in zip(calls(program, "joined_keys"), (new.args[1], new.args[2]), strict=True):
+        assert whole is past
+        assert [placement(each) for each in whole.args[:2]] == [Gathered(2), Gathered(2, "past_0")]
+    assert [placement(each) for each in call(program, "exchange_partials").args] == [Gathered(2, "queries_0")] * 2
+    (whole,) = calls(program, "put_back")
+    assert placement(whole) == Shard(2)
+    assert program.query_bytes == {None: 4 * (2 * 4 * 4 + 4)}  # heads, queries and outputs of 4 floats, an exponent
+    after("localize_shapes", causal, embeds(32), cached="mixed")  # the rules hold, and the local shapes fit
+
+
+def test_layers_that_share_keys_fetch_earlier_ones_once():
+    program = after("shard_cache", shared, embeds(32), cached="mixed")
+    assert len(ops.attention_nodes(program.graph)) == 4
+    assert len(calls(program, "joined_keys")) == 2
+    assert program.query_bytes == {None: 2 * 4 * (2 * 4 * 4 + 4)}
+
+
+def test_earlier_keys_and_values_cross_together():
+    program = after("minimize_communication", causal, embeds(32), cached="mixed")
+    gathers = [node for node in calls(program, "redistribute") if node.meta["val"].is_floating_point()]
+    crossing = [node for node in gathers if isinstance(placement(node), Gathered)]
+    assert {(str(placement(node)), node.meta["val"].shape[1]) for node in crossing} == {
+        ("Gathered(0)", (2 + 2) * 4), ("Gathered(0, past_0)", (2 + 2) * 4), ("Gathered(2, queries_0)", 4)}  # fmt: skip
 
 
 def test_the_first_forward_only_keeps():
