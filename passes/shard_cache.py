@@ -63,7 +63,6 @@ from sp_compile.program import Program, moved, op_name, placement, source_line
 from sp_compile.symbols import computed, is_float, is_tensor
 from sp_compile.windows import window_of
 
-
 LSE_BYTES = 4
 
 

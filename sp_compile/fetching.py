@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from sp_compile.kernels.runs import crossed
 from sp_compile.layout import TokenLayout

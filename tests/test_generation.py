@@ -148,7 +148,7 @@ def test_other_requests_compile_nothing_anew(ranks):
 
 def turns() -> list[float]:
     """Two conversations that go on by turns, one of which ends; a third takes its place."""
-    model, (a, b, c) = llama(), prompts((50, 200, 30))
+    model, (a, b, c) = llama(), prompts((90, 200, 30))
     parallel = sp_compile.parallelize(model, codegen="eager")
     cache, worst = sp_compile.ShardedCache(parallel, page_size=4), []
 
@@ -163,10 +163,11 @@ def turns() -> list[float]:
     run({4: (a, 0, 20)})
     run({9: (b, 0, 3), 4: (a, 20, 21)})
     run({4: (a, 21, 50), 9: (b, 3, 130)})  # beyond the room that the second had
+    run({9: (b, 130, 131), 4: (a, 50, 90)})  # the queries of one, and the earlier keys of the other
     cache.finish(4)
     with torch.no_grad(), pytest.raises(CacheError, match="request 4 is finished"):
         parallel(**sp_compile.pack([a[:1]], numbers=[4]), past_key_values=cache)
-    run({5: (c, 0, 30), 9: (b, 130, 200)})
+    run({5: (c, 0, 30), 9: (b, 131, 200)})
     assert int(cache.ledger.held.sum()) == 230
     batch = sp_compile.pack([b[:1], c[:2]], numbers=[9, 5])  # not in the order of the row
     with torch.no_grad():

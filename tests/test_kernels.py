@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from sp_compile.kernels import Partial, attend
+from sp_compile.kernels.few import attend_few, of_few_queries
+from sp_compile.kernels.flash import merge
 from sp_compile.kernels.regions import Region, as_tensor
-from sp_compile.kernels.tiles import HELD_KEYS, HELD_QUERIES, _merge
+from sp_compile.kernels.tiles import HELD_KEYS, HELD_QUERIES
 from sp_compile.layout import token_layout
 from sp_compile.score_rule import evaluate
 
@@ -397,8 +399,8 @@ def test_merging_partials_is_order_free(data: st.DataObject, seed: int):
 
     def merged(parts: list[Partial]) -> Partial:
         into = torch.zeros(2, 5, 3).double(), torch.full((2, 5), -torch.inf).double()
-        for i, part in enumerate(parts):
-            _merge(into, part, seen=i > 0)
+        for part in parts:
+            merge(into, part)
         return into
 
     out, lse = merged([partials[i] for i in order])
@@ -408,6 +410,42 @@ def test_merging_partials_is_order_free(data: st.DataObject, seed: int):
     weights = torch.softmax(lses.clamp(min=-1e30), dim=0).masked_fill(lses == -torch.inf, 0.0)
     torch.testing.assert_close(out, (weights[..., None] * outs).sum(dim=0), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(lse, torch.logsumexp(lses, dim=0), rtol=1e-12, atol=1e-12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data(), st.sampled_from([(4, 1), (6, 3), (2, 2)]), st.sampled_from([torch.float64, torch.float32]))
+def test_few_queries_each_over_ranges_of_keys(data: st.DataObject, heads: tuple[int, int], dtype: torch.dtype):
+    """Some queries see no key, some several ranges, and others share theirs."""
+    qkv = inputs(*heads, queries=20, keys=60, widths=(8, 5), batch=2, dtype=dtype)
+    mask = torch.zeros(2, 1, 20, 60, dtype=torch.bool)
+    regions = []
+    for start, end in ((0, 1), (1, 3), (3, 4), (9, 17), (19, 20)):
+        edges = sorted(data.draw(st.sets(st.integers(0, 60), max_size=6)))
+        for left, right in zip(edges[::2], edges[1::2], strict=False):
+            row = data.draw(st.sampled_from([-1, 0, 1]))
+            regions.append(Region(row, start, end, left, right))
+            mask[slice(None) if row < 0 else row, :, start:end, left:right] = True
+    data.draw(st.randoms(use_true_random=False)).shuffle(regions)
+    few, others = of_few_queries(regions)
+    assert others == []
+    assert sum(map(len, few.values())) == len(regions)
+    found = attend("tiles", *qkv, [], [], "", 0.3, as_tensor(regions), None)
+    assert_close(found, dense(*qkv, mask), dtype)
+
+
+def test_queries_of_ranges_that_overlap_are_left_to_others():
+    regions = [Region(-1, 0, 3, 0, 5), Region(-1, 2, 4, 5, 9), Region(0, 1, 2, 0, 5), Region(-1, 0, 9, 9, 12)]
+    assert of_few_queries(regions) == ({0: [regions[2]]}, [regions[3], *regions[:2]])
+
+
+def test_few_queries_over_a_cache_of_lower_precision():
+    q, k, v = inputs(4, 2, queries=3, keys=40)
+    k, v = k.bfloat16(), v.bfloat16()
+    regions = [Region(-1, i, i + 1, 10 * i, 10 * i + 15) for i in range(3)]
+    mask = torch.zeros(3, 40, dtype=torch.bool)
+    for each in regions:
+        mask[each.q_start, each.k_start : each.k_end] = True
+    assert_close(attend_few(q, k, v, 0.3, regions), dense(q, k, v, mask), torch.float32)
 
 
 @settings(max_examples=30, deadline=None)

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from sp_compile.kernels import plan
 from sp_compile.kernels.plan import plan_regions
 from sp_compile.kernels.regions import Region, as_regions, as_tensor
+from sp_compile.kernels.runs import plan_within
 from sp_compile.layout import token_layout
 from sp_compile.score_rule import evaluate
 
@@ -383,3 +384,40 @@ def test_few_elements_that_are_all_seen_need_no_mask():
         assert plan_regions([q, k], [], "mask = le(x1, x0)", None, 2, 4) == [Region(-1, 0, 2, 1, 3)]
         assert plan_regions([q, k], [], "mask = gt(x1, x0)", None, 2, 4) == [Region(-1, 0, 2, 0, 4, masked=True)]
         assert plan_regions([q, k], [], "mask = eq(x1, x0)", None, 2, 4) == []
+
+
+# where queries and keys are known to meet
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data(), st.sampled_from([None, 3, 25]))
+def test_plans_within_ranges_hold_what_is_seen_there(data: st.DataObject, window: int | None):
+    """Of requests whose keys lie anywhere in a cache, in the order of their tokens or not."""
+    draw = data.draw
+    counts = draw(st.lists(st.integers(1, 12), min_size=1, max_size=5))
+    queries, runs, slots = 0, [], 0
+    query_rows, key_rows = [], []
+    for request, count in enumerate(counts):
+        pages = draw(st.lists(st.integers(0, 20), max_size=3))
+        past = sum(pages)
+        query_rows.append(1000 * request + past + torch.arange(count))
+        for done, size in zip([0, *torch.tensor(pages).cumsum(0).tolist()], pages, strict=False):
+            rows = 1000 * request + done + torch.arange(size)
+            key_rows.append(rows if draw(st.booleans()) else rows.flip(0))
+            runs.append([queries, queries + count, slots, slots + size])
+            slots += size
+        queries += count
+    key_rows.append(torch.zeros(3, dtype=torch.int64))  # slots without a token
+    operands = [torch.cat(query_rows)[:, None], torch.cat(key_rows)[None, :]]
+    valid = torch.tensor([draw(st.booleans()) for _ in range(slots)] + [False] * 3) if draw(st.booleans()) else None
+    rule = CAUSAL if window is None else f"t0 = le(x1, x0); t1 = sub(x0, x1); t2 = lt(t1, {window}); mask = and(t0, t2)"
+    draw(st.randoms(use_true_random=False)).shuffle(runs)
+    regions = plan_within(runs, operands, [], rule, valid)
+    within = torch.zeros(queries, slots + 3, dtype=torch.bool)
+    for q_start, q_end, k_start, k_end in runs:
+        within[q_start:q_end, k_start:k_end] = True
+    mask = seen(rule, operands, valid, (queries, slots + 3)) & within
+    assert torch.equal(counted(regions, mask), mask.any(dim=1).long())
+    one_by_one = [each for each in regions if each.q_end - each.q_start == 1]
+    if valid is None and window is None:
+        assert not any(each.masked for each in one_by_one)

@@ -465,6 +465,8 @@ def test_every_row_of_the_table_has_a_case():
         "sp_compile::block_mask",
         "exchange_partials",
         "merge_partials",
+        "joined_keys",
+        "put_back",
     }  # tests/passes/test_shard_attention.py and test_shard_cache.py
     alike = {"aten::bincount": "aten::histc", "transformers::grouped_mm_fallback": "aten::_grouped_mm"}
     assert all(RULES[name] is RULES[other] for name, other in alike.items())

@@ -44,9 +44,7 @@ def as_tensor(regions: Sequence[Region]) -> torch.Tensor:
 
 def as_regions(plan: torch.Tensor) -> list[Region]:
     """The regions of a plan."""
-    fields = [*Region.__dataclass_fields__]
-    rows = (dict(zip(fields, row, strict=True)) for row in plan.tolist())
-    return [Region(**{**row, "masked": bool(row["masked"])}) for row in rows]
+    return [Region(*fields, masked=bool(masked)) for *fields, masked in plan.tolist()]
 
 
 def joined(regions: list[Region]) -> list[Region]:

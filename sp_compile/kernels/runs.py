@@ -89,16 +89,24 @@ def _of_few(
         seen = seen & valid[key]
     rows = seen.expand(*seen.shape[:-1], len(within)).reshape(-1, len(within)).cpu().numpy()
     starts = ends - sizes
-    every = np.logical_and.reduceat(rows.all(axis=0), starts)
-    some = np.logical_or.reduceat(rows.any(axis=0), starts)
+    by_all, by_any = rows.all(axis=0), rows.any(axis=0)
+    counts = np.add.reduceat(by_all.astype(np.int64), starts)
+    first = np.minimum.reduceat(np.where(by_any, within, sizes.max()), starts)
+    last = np.maximum.reduceat(np.where(by_any, within, -1), starts)
     for i, run in enumerate(runs):
-        if some[i]:
-            yield _region(run, masked=not every[i])
+        if last[i] < 0:
+            continue
+        # what one query sees side by side is a region of its own
+        side_by_side = counts[i] == last[i] - first[i] + 1
+        if side_by_side and run[1] - run[0] == 1:
+            yield _region((*run[:2], run[2] + int(first[i]), run[2] + int(last[i]) + 1))
+        else:
+            yield _region(run, masked=counts[i] < sizes[i])
 
 
 def _region(run: Sequence[int], masked: bool = False) -> Region:
     q_start, q_end, k_start, k_end = run
-    return Region(-1, q_start, q_end, k_start, k_end, masked=masked)
+    return Region(-1, q_start, q_end, k_start, k_end, masked=bool(masked))
 
 
 def _of_pairs(operand: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:

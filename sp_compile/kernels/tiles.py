@@ -15,16 +15,15 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 from sp_compile.kernels.dense import Partial, accumulated, dense_partial
+from sp_compile.kernels.few import attend_few, of_few_queries
+from sp_compile.kernels.flash import flash, merge
 from sp_compile.kernels.plan import between, rows_of
 from sp_compile.kernels.regions import UNBOUNDED, Region
-from sp_compile.kernels.runs import FEW_QUERIES
 from sp_compile.kernels.strips import STRIP, TRIANGLE, Strip, strips
 from sp_compile.score_rule import assigns, evaluate
 
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 HELD_QUERIES, HELD_KEYS = 256, 4096  # of scores or biases that are held at once
 
 
@@ -54,8 +53,9 @@ def attend(
     lse = q_BHQD.new_empty(batch, heads, queries, dtype=wide)
     written = np.zeros((batch, queries), dtype=bool)
     holding = assigns(rule, "bias") or _by_products(rule, q_BHQD)
-    for region in regions:
-        rows = slice(region.row, region.row + 1) if region.row >= 0 else slice(0, batch)
+    few, others = ({}, regions) if holding else of_few_queries(regions)
+    for region in others:
+        rows = _batch_rows(region.row)
         parts = q_BHQD[rows], k_BGKD[rows], v_BGKE[rows]
         call = _Call(*parts, [rows_of(each, rows) for each in operands], tables, rule, scale, valid)
         for at, part in call.held(region) if region.masked or holding else call.banded(region):
@@ -63,10 +63,24 @@ def attend(
             seen = written[span]
             if seen.any() and not seen.all():
                 _clear(out, lse, ~written & _within(written.shape, span))
-            _merge((out[rows, :, at[0] : at[1]], lse[rows, :, at[0] : at[1]]), part, bool(seen.any()))
+            into = out[rows, :, at[0] : at[1]], lse[rows, :, at[0] : at[1]]
+            if seen.any():
+                merge(into, part)
+            else:
+                into[0].copy_(part[0])
+                into[1].copy_(part[1])
             written[span] = True
+    if [*few] == [-1] and not others:
+        return attend_few(q_BHQD, k_BGKD, v_BGKE, scale, few[-1])
     _clear(out, lse, ~written)
+    for row, chosen in few.items():
+        rows = _batch_rows(row)
+        merge((out[rows], lse[rows]), attend_few(q_BHQD[rows], k_BGKD[rows], v_BGKE[rows], scale, chosen))
     return out, lse
+
+
+def _batch_rows(row: int) -> slice:
+    return slice(row, row + 1) if row >= 0 else slice(None)
 
 
 def _by_products(rule: str, q: torch.Tensor) -> bool:
@@ -194,21 +208,6 @@ def band_mask(rows: int, keys: int, low: int, high: int, dtype: torch.dtype) -> 
     return _band_mask(rows, keys, low, high, dtype)
 
 
-def flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float) -> Partial:
-    """torch's flash kernel, for value heads of another size than the keys' and keys and values of another dtype too."""
-    k, v = k.to(q.dtype), v.to(q.dtype)
-    group = q.shape[1] // k.shape[1]
-    if group > 1 and q.shape[2] <= FEW_QUERIES and mask is None:  # heads of a group read their keys once
-        shape = q.shape
-        out, lse = flash(q.reshape(shape[0], k.shape[1], group * shape[2], shape[3]), k, v, None, scale)
-        return out.reshape(*shape[:3], v.shape[3]), lse.reshape(shape[:3])
-    width, largest = v.shape[-1], max(q.shape[-1], v.shape[-1])
-    if q.shape[-1] != width:
-        q, k, v = (F.pad(each, (0, largest - each.shape[-1])) for each in (q, k, v))
-    out, lse = _flash(q, k, v, 0.0, False, attn_mask=mask, scale=scale)
-    return (out if largest == width else out[..., :width]), lse
-
-
 def _added(
     mask: torch.Tensor | None, bias: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor
 ) -> torch.Tensor | None:
@@ -229,16 +228,3 @@ def _without_blind_rows(part: Partial, added: torch.Tensor | None) -> Partial:
     out, lse = part
     blind = (added == -torch.inf).all(dim=-1)
     return out.masked_fill(blind.unsqueeze(-1), 0.0), lse.masked_fill(blind, -torch.inf)
-
-
-def _merge(into: Partial, part: Partial, seen: bool) -> None:
-    """Join two partial softmaxes over disjoint keys (online softmax, as in ring attention)."""
-    (out, lse), (part_out, part_lse) = into, part
-    if not seen:
-        out.copy_(part_out)
-        lse.copy_(part_lse)
-        return
-    joint = torch.logaddexp(lse, part_lse)
-    weight = torch.exp(part_lse - joint).nan_to_num_(0.0).unsqueeze(-1)
-    out.lerp_(part_out.to(out.dtype), weight.to(out.dtype))
-    lse.copy_(joint)
