@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -34,12 +35,38 @@ def input_name(source: str) -> str:
     return re.sub(r"\W", "_", name) or "input"
 
 
-def capture(gm: fx.GraphModule, sp: int, group_name: str, outputs: str) -> Program:
-    """Re-trace Dynamo's graph over its fake inputs and find the tokens among them.
+class Captured:
+    """Dynamo's graph, traced anew over its fake inputs once and given out as programs.
 
-    Raises:
-        CaptureError: the graph writes to its inputs, or holds writes that cannot be made functional.
+    Args:
+        gm: what Dynamo calls its backend with.
     """
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self._gm = gm
+        self._traced: fx.GraphModule | None = None
+        for node in gm.graph.find_nodes(op="placeholder"):
+            _source(node)
+
+    def program(self, sp: int, group_name: str, outputs: str) -> Program:
+        """A program of its own, for passes to rewrite.
+
+        Raises:
+            CaptureError: the graph writes to its inputs, or holds writes that cannot be made functional.
+        """
+        if self._traced is None:
+            self._traced = _traced(self._gm)
+        own = fx.GraphModule(self._traced, copy.deepcopy(self._traced.graph))
+        token_inputs, tokens = _find_tokens(own)
+        program = Program(own, tokens, sp, group_name, token_inputs, outputs)
+        if tokens is None and sp > 1 and not _has_one_token(own):
+            reason = "the model fixes the token length, so every rank computes all tokens"
+            program.fallbacks.append(Fallback("the whole graph", 1, 0, "", reason))
+        return program
+
+
+def _traced(gm: fx.GraphModule) -> fx.GraphModule:
+    """One functional graph, its inputs under readable names."""
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     values = [node.meta["example_value"] for node in placeholders]
     names = [input_name(_source(node)) for node in placeholders]
@@ -53,18 +80,7 @@ def capture(gm: fx.GraphModule, sp: int, group_name: str, outputs: str) -> Progr
         node._rename(name)
         node.target = node.name
     _refuse_writes(traced)
-    token_inputs, tokens = _find_tokens(traced)
-    program = Program(traced, tokens, sp, group_name, token_inputs, outputs)
-    if tokens is None and sp > 1 and not _has_one_token(traced):
-        reason = "the model fixes the token length, so every rank computes all tokens"
-        program.fallbacks.append(Fallback("the whole graph", 1, 0, "", reason))
-    return program
-
-
-def keep_sources(gm: fx.GraphModule) -> None:
-    """Note where each input comes from, for captures after the first."""
-    for node in gm.graph.find_nodes(op="placeholder"):
-        _source(node)
+    return traced
 
 
 def _source(node: fx.Node) -> str:

@@ -179,10 +179,14 @@ def requests_alone(module: nn.Module, kwargs: Mapping[str, Any], lengths: Sequen
 
 
 def mark_token_dims(value: Any, length: int, name: str = "") -> Any:
-    """An alias of a tensor whose token dims are marked dynamic; the caller's tensor is not touched."""
+    """An alias of a tensor whose token dims are marked dynamic; the caller's tensor is not touched.
+
+    A part of a larger tensor is copied: how far apart its rows are would be compiled in.
+    """
     if not isinstance(value, torch.Tensor) or length == 0:
         return value
-    alias = value.detach().view(value.shape) if not value.requires_grad else value.detach()
+    alias = value.detach().contiguous()
+    alias = alias.view(alias.shape)
     for dim in token_dims_of(value, length, name):
         torch._dynamo.mark_dynamic(alias, dim)
     if name == "logits_to_keep" and alias.dim() == 1 and alias.shape[0] > 1:

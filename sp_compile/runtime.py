@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn
 
 from sp_compile import fingerprint
-from sp_compile.capture import capture, graph_break, is_specialised, keep_sources
+from sp_compile.capture import Captured, graph_break, is_specialised
 from sp_compile.compiled import Compiled, Kept, Kind, Step, index_inputs
 from sp_compile.config import CompileConfig
 from sp_compile.errors import (
@@ -228,15 +228,15 @@ class ParallelModule(nn.Module):
 
     def build(
         self,
-        gm: fx.GraphModule,
+        captured: Captured,
         kind: Kind,
         trace: bool = False,
         hints: Mapping[str, int] | None = None,
     ) -> tuple[Program, list[PassStep]]:
-        """Capture Dynamo's graph into a program and run the pipeline on it."""
+        """Run the pipeline on a program of a captured graph."""
         if kind.cached and all(each.name != "shard_cache" for each in self.pipeline):
             raise CacheError("the pipeline has no shard_cache; add it behind shard_attention to run with a cache")
-        program = capture(gm, self.group.size, self.group.name, kind.outputs)
+        program = captured.program(self.group.size, self.group.name, kind.outputs)
         program.isolated, program.cached, program.cache_dtype = kind.isolated, kind.cached, kind.cache_dtype
         program.hints = hints or {}
         program.compiled = self.compile_config.codegen == "inductor"
@@ -343,19 +343,19 @@ class ParallelModule(nn.Module):
             raise CaptureError(graph_break(self.module, error)) from error
 
     def _backend(self, gm: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
-        keep_sources(gm)
+        captured = Captured(gm)
 
         def agree(kind: Kind) -> tuple[Program, list[PassStep]]:
             with fingerprint.agreement(self.group) as fields:
-                program, steps = self.build(gm, kind, trace=self._explained is not None)
+                program, steps = self.build(captured, kind, trace=self._explained is not None)
                 self._refuse_fallbacks(program)
                 fields.update(fingerprint.of_graph(program))
             return program, steps
 
         compiled = Compiled(
-            build=lambda kind, sizes: self.build(gm, kind, hints=sizes)[0],
+            build=lambda kind, sizes: self.build(captured, kind, hints=sizes)[0],
             agree=agree,
-            capture=lambda sp: capture(gm, sp, "analysed", "full"),
+            capture=lambda sp: captured.program(sp, "analysed", "full"),
             codegen=self.compile_config.codegen,
         )
         self._compiled.append(compiled)
