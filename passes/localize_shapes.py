@@ -52,7 +52,8 @@ SHAPE_ARGUMENT = {
 
 # the sizes of what else enters beside a cache
 CACHE_SIZES = {"new_rows": "new_tokens", "kept_rows": "kept"}
-SHELF_SIZES = ("queries", "past", "slots")
+SHELF_SIZES = {"held_index": "slots", "held_valid": "slots", "picked_queries": "queries", "queries_index": "queries",
+               "picked_past": "past", "seen_index": "past", "seen_valid": "past"}  # fmt: skip
 EXAMPLE = 24
 
 
@@ -175,14 +176,12 @@ class _Shapes:
 
     def _size_on_shelf(self, what: str, shelf: str) -> Any:
         """The size of an index input of a cache."""
-        rows, sp = self._shard_length(), self.program.sp
-        queries, past, slots = (lambda name=name: self.symbol(f"{name}_{shelf}", EXAMPLE) for name in SHELF_SIZES)
-        sizes = {
-            "held_index": slots, "held_valid": slots, "merged_rows": lambda: rows,
-            "picked_queries": queries, "queries_index": lambda: sp * queries(),
-            "picked_past": past, "seen_index": lambda: sp * (rows + past()), "seen_valid": lambda: sp * (rows + past()),
-        }  # fmt: skip
-        return sizes[what]()
+        if what == "merged_rows":
+            return self._shard_length()
+        size = self.symbol(f"{SHELF_SIZES[what]}_{shelf}", EXAMPLE)
+        if what.startswith("seen"):
+            size = self._shard_length() + size
+        return size if what.startswith(("held", "picked")) else self.program.sp * size
 
     def _tokens(self) -> torch.SymInt:
         assert self.program.tokens is not None

@@ -146,7 +146,7 @@ class _Cache:
         rows: Placement = Picked(2, picked) if mixed else Shard(2)
         merging = [self._moved(each, rows, before) for each in own]
         merging += [self._part(parts, i, before, received) for i in range(2)]
-        merged = self._call(before, ops.merge_partials, merging, attention, (rows, rows))
+        merged = self._call(before, ops.merge_partials, tuple(merging), attention, (rows, rows))
         for i, each in enumerate(own):
             whole = self._part(merged, i, before, rows)
             if mixed:

@@ -14,10 +14,9 @@ from transformers.cache_utils import Cache
 from sp_compile.cache_files import load, read_layout, save
 from sp_compile.compiled import Kept, Step, index_inputs
 from sp_compile.errors import CacheError
-from sp_compile.fetching import Extension, fetches
+from sp_compile.fetching import Extension
 from sp_compile.fingerprint import digest
 from sp_compile.inputs import from_pack, token_input
-from sp_compile.kernels.runs import crossed
 from sp_compile.layout import token_layout
 from sp_compile.ledger import Ledger, Places, Shelf, Window
 from sp_compile.rows import ROW, BatchRows, PackedRows, check_kind, rows_for
@@ -304,20 +303,13 @@ class ShardedCache(Cache):
         layout = token_layout(counts, self.sp, scheme, min_shard_length=2)
         indices = index_inputs(layout, self.rank, new_rows)
         indices |= {"new_rows": new_rows, "kept_rows": _at_least_two(layout.restore_index[own])}
-        past = bool(starts.any())
-        fetched = [self._fetched(each, np.asarray(counts), starts) for each in self.storages] if past else []
-        mixed = any(each.any() for each in fetched)
-        if mixed:
-            new = Extension(self.ledger, self.rank, layout, requests, starts, rows.starts(requests), places.request,
-                            new_rows.numpy())  # fmt: skip
-            for i, held in enumerate(self.storages):
-                found = new.index_inputs(i, held.window, fetched[i], runs[i])
-                indices |= {name: torch.from_numpy(each) for name, each in found.items()}
-        elif past:
-            queries = layout.valid.numpy(), places.request[layout.local_index.numpy()]
-            indices |= {f"held_runs_{i}": torch.from_numpy(crossed(*queries, run)) for i, run in enumerate(runs)}
+        new = Extension(self.ledger, self.rank, layout, requests, starts, rows.starts(requests), places.request,
+                        new_rows.numpy())  # fmt: skip
+        cached, found = new.meet(self.storages, runs, self._query_bytes)
+        indices |= {name: torch.from_numpy(each) for name, each in found.items()}
         device = named[tokens].device
         indices = {name: each if "runs" in name else each.to(device) for name, each in indices.items()}
+        past = cached != "first"
         for i, held in enumerate(self.storages if past else ()):
             indices |= {f"held_index_{i}": held.index, f"held_valid_{i}": held.valid}
         length = int(starts.max())
@@ -325,19 +317,13 @@ class ShardedCache(Cache):
             layout,
             indices,
             promised=rows.packed,
-            cached=("mixed" if mixed else "more") if past else "first",
+            cached=cached,
             rows=rows.lengths(length + counts[0]),
             held=tuple(self.tensors) if past else (),
             windows=self.windows,
             cache_dtype=self.dtype,
         )
         return step, rows.whole(named, tokens, length, new_rows)
-
-    def _fetched(self, held: Storage, counts: np.ndarray, pasts: np.ndarray) -> np.ndarray:
-        """Of which requests the earlier keys go to new queries; of none as long as it is not known what they cost."""
-        if self.sp == 1 or held.window not in self._query_bytes:
-            return np.zeros(len(counts), dtype=bool)
-        return fetches(counts, pasts, self._query_bytes[held.window], held.token_bytes, held.window)
 
     def commit(self, kept: Kept) -> None:
         """Store the keys and values of the forward that :meth:`begin` began.

@@ -10,7 +10,7 @@ Each side is summed over the layers of a window, of which only so many earlier t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,7 @@ import numpy as np
 from sp_compile.kernels.runs import crossed
 from sp_compile.layout import TokenLayout
 from sp_compile.ledger import Ledger, Window
+from sp_compile.storage import Storage
 
 FEWEST = 2  # rows that are picked: code is generated for any number from 2 on
 
@@ -38,7 +39,7 @@ def fetches(counts: np.ndarray, pasts: np.ndarray, query_bytes: int, key_bytes: 
 
 @dataclass(frozen=True)
 class Extension:
-    """New tokens of requests that have earlier ones.
+    """New tokens of requests that may have earlier ones.
 
     Attributes:
         ledger: where earlier tokens are.
@@ -60,13 +61,40 @@ class Extension:
     request: np.ndarray
     rows: np.ndarray
 
+    def meet(
+        self, storages: Sequence[Storage], runs: Sequence[np.ndarray], query_bytes: Mapping[Window, int]
+    ) -> tuple[str, dict[str, np.ndarray]]:
+        """How new tokens meet earlier ones: ``cached`` of the program, and index inputs of it.
+
+        Args:
+            storages: of each window.
+            runs: where the rank holds earlier tokens in each, from :meth:`~sp_compile.ledger.Ledger.runs`.
+            query_bytes: of one token's queries and what comes back for them, by window, as far as known.
+        """
+        if not self.pasts.any():
+            return "first", {}
+        counts = np.bincount(self.request, minlength=len(self.requests))
+        fetched = [np.zeros(len(counts), dtype=bool)] * len(storages)
+        if self.ledger.sp > 1 and query_bytes:
+            fetched = [
+                fetches(counts, self.pasts, query_bytes[each.window], each.token_bytes, each.window)
+                for each in storages
+            ]
+        found: dict[str, np.ndarray] = {}
+        if not any(each.any() for each in fetched):
+            queries = self.layout.valid.numpy(), self.request[self.layout.local_index.numpy()]
+            return "more", {f"held_runs_{i}": crossed(*queries, run) for i, run in enumerate(runs)}
+        for i, held in enumerate(storages):
+            found |= self.index_inputs(i, held.window, fetched[i], runs[i])
+        return "mixed", found
+
     def index_inputs(self, shelf: int, window: Window, fetched: np.ndarray, runs: np.ndarray) -> dict[str, np.ndarray]:
         """What a ``mixed`` program needs to know for the layers of a window.
 
         Args:
             shelf: number of the window.
             fetched: from :func:`fetches`.
-            runs: where the rank holds earlier tokens, from :meth:`~sp_compile.ledger.Ledger.runs`.
+            runs: where the rank holds earlier tokens.
         """
         local, valid = self.layout.local_index.numpy(), self.layout.valid.numpy()
         slots, past, is_past = self._past(np.flatnonzero(fetched), window)

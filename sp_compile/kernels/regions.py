@@ -44,7 +44,10 @@ def as_tensor(regions: Sequence[Region]) -> torch.Tensor:
 
 def as_regions(plan: torch.Tensor) -> list[Region]:
     """The regions of a plan."""
-    return [Region(*fields, masked=bool(masked)) for *fields, masked in plan.tolist()]
+    return [
+        Region(row, q_start, q_end, k_start, k_end, low, high, bool(masked))
+        for row, q_start, q_end, k_start, k_end, low, high, masked in plan.tolist()
+    ]
 
 
 def joined(regions: list[Region]) -> list[Region]:

@@ -18,7 +18,6 @@ def attention(call: Call) -> Outcome:
     keys_held = call.placed.get(k)
     if isinstance(keys_held, Held):
         return _over_held_keys(call, keys_held.shelf)
-    padded = isinstance(keys_held, Gathered)
     keys: Placement = keys_held if isinstance(keys_held, Gathered) else REPLICATE
     needs: dict[fx.Node, Placement] = {k: keys, v: keys, q: Shard(2)}
     for operand in operands:
@@ -26,8 +25,8 @@ def attention(call: Call) -> Outcome:
         rank, sizes = rank_of(operand), shape_of(operand)
         per_query = rank >= 2 and sizes[-2] == shape_of(q)[2]
         per_key = rank >= 1 and sizes[-1] == shape_of(k)[2]
-        if padded and per_key:
-            needs[operand] = QueriesByKeys(rank - 2, rank - 1) if per_query else replace(keys, dim=rank - 1)
+        if isinstance(keys_held, Gathered) and per_key:
+            needs[operand] = QueriesByKeys(rank - 2, rank - 1) if per_query else replace(keys_held, dim=rank - 1)
         else:
             needs[operand] = Shard(rank - 2) if per_query else REPLICATE
     return Outcome((Shard(2), Shard(2)), needs)
