@@ -52,8 +52,9 @@ SHAPE_ARGUMENT = {
 
 # the sizes of what else enters beside a cache
 CACHE_SIZES = {"new_rows": "new_tokens", "kept_rows": "kept"}
-SHELF_SIZES = {"held_index": "slots", "held_valid": "slots", "picked_queries": "queries", "queries_index": "queries",
-               "picked_past": "past", "seen_index": "past", "seen_valid": "past"}  # fmt: skip
+NUMBERED_SIZES = {"held_index": "slots", "held_valid": "slots", "picked_queries": "queries", "queries_index": "queries",
+                  "picked_past": "past", "seen_index": "past", "seen_valid": "past", "fetch_rows": "sent",
+                  "fetched_rows": "fetched", "reach_index": "fetched", "reach_valid": "fetched"}  # fmt: skip
 EXAMPLE = 24
 
 
@@ -158,14 +159,16 @@ class _Shapes:
         with self.mode:
             if name == "rank":
                 return torch.empty((), dtype=torch.int64, device=device)
-            if name == "gathered_valid":
-                return torch.empty(rows * sp, dtype=torch.bool, device=device)
+            if name in ("gathered_valid", "local_valid"):
+                return torch.empty(rows * (sp if name[0] == "g" else 1), dtype=torch.bool, device=device)
             what, _, shelf = name.rpartition("_")
+            if what == "fetch_counts":
+                return torch.empty(2, sp, dtype=torch.int64)
             if what == "held_runs":
                 return torch.empty(self.symbol(f"runs_{shelf}", EXAMPLE), 4, dtype=torch.int64)
             if shelf.isdecimal():
                 dtype = torch.bool if what.endswith("_valid") else torch.int64
-                return torch.empty(self._size_on_shelf(what, shelf), dtype=dtype, device=device)
+                return torch.empty(self._numbered_size(what, shelf), dtype=dtype, device=device)
             if name in ("local_index", "gathered_index"):
                 size = rows if name == "local_index" else rows * sp
             elif name in CACHE_SIZES or (name == "restore_index" and self.program.cached):
@@ -174,14 +177,14 @@ class _Shapes:
                 size = self._tokens()
             return torch.empty(size, dtype=torch.int64, device=device)
 
-    def _size_on_shelf(self, what: str, shelf: str) -> Any:
-        """The size of an index input of a cache."""
+    def _numbered_size(self, what: str, shelf: str) -> Any:
+        """The size of an index input of a shelf or a reach."""
         if what == "merged_rows":
             return self._shard_length()
-        size = self.symbol(f"{SHELF_SIZES[what]}_{shelf}", EXAMPLE)
-        if what.startswith("seen"):
+        size = self.symbol(f"{NUMBERED_SIZES[what]}_{shelf}", EXAMPLE)
+        if what.startswith(("seen", "reach")):
             size = self._shard_length() + size
-        return size if what.startswith(("held", "picked")) else self.program.sp * size
+        return self.program.sp * size if what.startswith(("queries", "seen")) else size
 
     def _tokens(self) -> torch.SymInt:
         assert self.program.tokens is not None

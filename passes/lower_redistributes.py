@@ -31,6 +31,7 @@ from sp_compile import ops
 from sp_compile.invariants import GATHERED_ONCE, KEYS_PADDED, LOWERED, PLACED, RESTORED, TOKENS_SHARDED
 from sp_compile.pipeline import Pass
 from sp_compile.placements import (
+    LOCAL_ROWS,
     Gathered,
     Held,
     Kept,
@@ -46,6 +47,7 @@ from sp_compile.symbols import shape_of
 
 aten = torch.ops.aten
 c10d = torch.ops._c10d_functional
+_exchange_rows = torch.ops.sp_compile.exchange_rows.default
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,12 @@ class _Builder:
         args = (dense, rank_rows, rank_rows, self.program.group_name)
         return self.call(c10d.wait_tensor.default, self.call(c10d.all_to_all_single.default, *args))
 
+    def exchange(self, rows: fx.Node, reach: str) -> fx.Node:
+        """The rows of others that this rank's queries see."""
+        sent = self.call(aten.index_select.default, rows, 0, self.index(f"fetch_rows_{reach}"))
+        counts, received = self.index(f"fetch_counts_{reach}"), self.index(f"fetched_rows_{reach}")
+        return self.call(_exchange_rows, sent, counts, received, self.program.group_name)
+
     def all_reduce(self, node: fx.Node) -> fx.Node:
         """Sum over ranks."""
         if self.program.sp == 1:
@@ -136,6 +144,12 @@ def _redistribute(build: _Builder, node: fx.Node) -> fx.Node:
     match held, wanted:
         case Replicate(), Shard(order=""):
             return _cut(build, source, wanted)
+        case Shard(), Gathered(of=of) if of == LOCAL_ROWS:
+            return source
+        case Shard(order="", rows=0), Gathered(of=of) if of:
+            rows, dim = build.rows_first(source, held)
+            fetched = build.exchange(rows, of.rpartition("_")[2])
+            return build.rows_back(build.call(aten.cat.default, [rows, fetched]), held, dim)
         case Shard(order="", rows=0), Replicate() | Gathered():
             rows, dim = build.rows_first(source, held)
             rows = build.all_gather(rows)
@@ -158,7 +172,8 @@ def _redistribute(build: _Builder, node: fx.Node) -> fx.Node:
         case Gathered(), Kept():
             return build.call(aten.index_select.default, source, wanted.dim, build.index("kept_rows"))
         case Shard(), QueriesByKeys():
-            return build.call(aten.index_select.default, source, wanted.keys, build.index("gathered_index"))
+            order = gathered_index(Gathered(wanted.keys, wanted.of))
+            return build.call(aten.index_select.default, source, wanted.keys, build.index(order))
         case Shard(order=""), Shard(order=""):
             whole = build.call(ops.redistribute, source)
             whole.meta.update(placement=Replicate(), val=source.meta.get("val"))

@@ -29,7 +29,7 @@ from torch import fx
 from sp_compile import ops
 from sp_compile.invariants import GATHERED_ONCE, KEYS_PADDED, RESTORED
 from sp_compile.pipeline import Pass
-from sp_compile.placements import Gathered, Picked, Placement, Replicate, Shard
+from sp_compile.placements import Gathered, Picked, Placement, Shard, gathers_all
 from sp_compile.program import Program, placement
 from sp_compile.symbols import computed
 
@@ -64,7 +64,7 @@ class MinimizeCommunication(Pass):
         """A value needed whole in both orders crosses once and is reordered locally."""
         gathers: dict[fx.Node, list[fx.Node]] = defaultdict(list)
         for node in program.graph.find_nodes(op="call_function", target=ops.redistribute):
-            if isinstance(placement(node.args[0]), Shard) and isinstance(placement(node), (Replicate, Gathered)):
+            if isinstance(placement(node.args[0]), Shard) and gathers_all(placement(node)):
                 gathers[node.args[0]].append(node)
         for source, nodes in gathers.items():
             padded = [node for node in nodes if placement(node) == Gathered(placement(source).dim)]

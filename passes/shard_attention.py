@@ -1,10 +1,18 @@
-"""Run attention on the rank's queries and everyone's keys, in the order in which an all-gather delivers them.
+"""Run attention on the rank's queries and on the keys of others that they need, in the order in which these arrive.
 
 Requires: ``attention_raised``, ``placed``.
 Establishes: ``keys_in_padded_order``.
 
-Keys and values stay in padded SP order: what masks them is put in that order instead, which costs one index selection
-of a vector. Padding is masked by ``valid``. Source: the all-gather of Llama 3 training (arXiv:2407.21783, section 3.3).
+Strategies, for all attentions or some of them:
+
+* ``allgather_kv``: everyone gets all keys and values. Keys stay in padded SP order; what masks them is put in that
+  order instead, which costs one index selection of a vector. Source: Llama 3 (arXiv:2407.21783, section 3.3).
+* ``fetch``: a rank gets the keys and values that its queries can see, by the mask's rule and by which requests are
+  apart. Source: the group-cast of MagiAttention.
+* ``window``: the same, for layers with a sliding window only; what is fetched is the halo.
+* ``local``: nothing is exchanged, since every request lies whole on one rank.
+
+Padding is masked by ``valid``. With a cache, new keys and values go to everyone, who share them out.
 
 Before::
 
@@ -20,56 +28,116 @@ After::
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from torch import fx
 
 from sp_compile import ops
-from sp_compile.errors import ConfigError, nearest
+from sp_compile.errors import ConfigError, StrategyError, nearest
 from sp_compile.invariants import KEYS_PADDED, PLACED, RAISED
 from sp_compile.pipeline import Pass
-from sp_compile.placements import Gathered, Placement, QueriesByKeys, Shard
-from sp_compile.program import Program, moved, placement
+from sp_compile.placements import LOCAL_ROWS, Gathered, Placement, QueriesByKeys, Shard
+from sp_compile.program import Program, gathered_valid, moved, placement, source_line
 from sp_compile.symbols import shape_of
+from sp_compile.windows import reach_of
 
-STRATEGIES = ("allgather_kv",)
+STRATEGIES = ("allgather_kv", "fetch", "window", "local")
 
 
 @dataclass(frozen=True)
 class ShardAttention(Pass):
-    """Keys and values gathered, queries local."""
+    """Queries local, keys and values where these need them.
+
+    Attributes:
+        strategy: for all attentions that ``layers`` does not name.
+        layers: strategies by number of the attention, from 0, as ``"3"`` or ``"0-5"``.
+    """
 
     name = "shard_attention"
     requires = (RAISED, PLACED)
     establishes = (KEYS_PADDED,)
 
     strategy: str = "allgather_kv"
+    layers: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.strategy not in STRATEGIES:
-            raise ConfigError(f"unknown attention strategy {self.strategy!r}{nearest(self.strategy, STRATEGIES)}")
+        for each in (self.strategy, *self.layers.values()):
+            if each not in STRATEGIES:
+                raise ConfigError(f"unknown attention strategy {each!r}{nearest(each, STRATEGIES)}")
+        for each in self.layers:
+            _numbers(each)
 
     def run(self, program: Program) -> None:
-        """Rewrite in place."""
+        """Rewrite in place.
+
+        Raises:
+            StrategyError: a strategy does not apply, or a layer is named that is not there.
+        """
         if not program.parallel:
             return
         made: dict[tuple[fx.Node, Placement], fx.Node] = {}
-        for node in ops.attention_nodes(program.graph):
-            args = ops.AttentionArgs(*node.args)
-            tokens = shape_of(args.k)[2]
-
-            def ordered(each: fx.Node, node: fx.Node = node, tokens: object = tokens) -> fx.Node:
-                rank = len(shape_of(each))
-                if rank < 1 or shape_of(each)[-1] != tokens:
-                    return each
-                both = isinstance(placement(each), Shard)
-                target = QueriesByKeys(rank - 2, rank - 1) if both else Gathered(rank - 1)
-                return moved(program, each, target, node, made)
-
-            k, v = (moved(program, _unmoved(each), Gathered(2), node, made) for each in (args.k, args.v))
-            operands = [ordered(each) for each in args.operands]
-            node.args = tuple(args._replace(k=k, v=v, operands=operands, valid=program.index_input("gathered_valid")))
+        attentions = ops.attention_nodes(program.graph)
+        for node, strategy in zip(attentions, self._chosen(len(attentions)), strict=True):
+            _shard(program, node, _keys(program, node, "allgather_kv" if program.cached else strategy), made)
         program.remove_dead_code()
+
+    @property
+    def reads_reach(self) -> bool:
+        """Whether any strategy asks how far queries see."""
+        return not {self.strategy, *self.layers.values()}.isdisjoint(("fetch", "window"))
+
+    def _chosen(self, attentions: int) -> list[str]:
+        """The strategy of each attention."""
+        chosen = [self.strategy] * attentions
+        for numbers, strategy in self.layers.items():
+            for i in _numbers(numbers):
+                if i >= attentions:
+                    raise StrategyError(f"layers name attention {i}, and the model has {attentions}, from 0 on")
+                chosen[i] = strategy
+        return chosen
+
+
+def _numbers(text: str) -> range:
+    first, _, last = str(text).partition("-")
+    if not first.isdecimal() or not (last or first).isdecimal():
+        raise ConfigError(f"layers={text!r} is no number of an attention; pass one as 3, or several as 0-5")
+    return range(int(first), int(last or first) + 1)
+
+
+def _keys(program: Program, node: fx.Node, strategy: str) -> Gathered:
+    """How keys and values of an attention are placed along dim 2."""
+    if strategy == "allgather_kv":
+        return Gathered(2)
+    if strategy == "local":
+        return Gathered(2, LOCAL_ROWS)
+    reach = reach_of(node, program.tokens, program.counted)
+    if strategy == "window" and reach.back is None:
+        raise StrategyError(
+            f"strategy window at {source_line(node) or 'no source line'}: the mask's rule sets no bound on how far "
+            "back a query sees; fetch and allgather_kv apply"
+        )
+    if reach not in program.reaches:
+        program.reaches.append(reach)
+    return Gathered(2, f"reach_{program.reaches.index(reach)}")
+
+
+def _shard(program: Program, node: fx.Node, keys: Gathered, made: dict[tuple[fx.Node, Placement], fx.Node]) -> None:
+    args = ops.AttentionArgs(*node.args)
+    tokens = shape_of(args.k)[2]
+
+    def ordered(each: fx.Node) -> fx.Node:
+        rank = len(shape_of(each))
+        if rank < 1 or shape_of(each)[-1] != tokens:
+            return each
+        both = isinstance(placement(each), Shard)
+        target = QueriesByKeys(rank - 2, rank - 1, keys.of) if both else Gathered(rank - 1, keys.of)
+        return moved(program, each, target, node, made)
+
+    k, v = (moved(program, _unmoved(each), keys, node, made) for each in (args.k, args.v))
+    operands = [ordered(each) for each in args.operands]
+    valid = program.index_input(gathered_valid(keys))
+    node.args = tuple(args._replace(k=k, v=v, operands=operands, valid=valid))
 
 
 def _unmoved(node: fx.Node) -> fx.Node:

@@ -22,6 +22,13 @@ def compile_graph(
         return cast(Callable[..., Any], compile_fx(gm, list(inputs)))
 
 
+def process_group(name: str) -> Any:
+    """The process group that functional collectives know by this name."""
+    from torch.distributed import distributed_c10d
+
+    return distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]
+
+
 def size_source(name: str) -> Any:
     """A source for the symbol of a size, such that the symbol's number is 90 or more.
 

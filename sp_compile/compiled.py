@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
+from sp_compile import needs
 from sp_compile.codegen import LocalProgram
-from sp_compile.errors import CacheError
+from sp_compile.errors import CacheError, StrategyError
 from sp_compile.isolation import Isolation, find_isolation
 from sp_compile.layout import TokenLayout
 from sp_compile.ledger import Window
@@ -25,13 +26,14 @@ class Kind(NamedTuple):
     """What sets the programs of one captured graph apart.
 
     Attributes:
-        isolated, cached, cache_dtype, outputs: as in :class:`~sp_compile.program.Program`.
+        isolated, cached, cache_dtype, outputs, counted: as in :class:`~sp_compile.program.Program`.
     """
 
     isolated: bool = False
     cached: str = ""
     cache_dtype: torch.dtype | None = None
     outputs: str = "full"
+    counted: bool = False
 
 
 ANALYSED = ("normalize", "raise_attention", "isolate_requests", "shard_tokens", "propagate_placements")
@@ -49,7 +51,7 @@ class Step:
         cached: as in :class:`~sp_compile.program.Program`; the layout then is that of the new tokens.
         rows: tokens of each request, those of earlier calls included; None for the layout's.
         held, windows: the tensors of the cache on this rank, and how far back each is seen.
-        cache_dtype, outputs: as in :class:`~sp_compile.program.Program`.
+        cache_dtype, outputs, counted: as in :class:`~sp_compile.program.Program`.
     """
 
     layout: TokenLayout
@@ -62,6 +64,7 @@ class Step:
     windows: Sequence[Window] = ()
     cache_dtype: torch.dtype | None = None
     outputs: str = "full"
+    counted: bool = False
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -69,20 +72,28 @@ class Step:
         return self.layout.lengths if self.rows is None else self.rows
 
     @property
+    def apart(self) -> bool:
+        """Whether no request of the layout sees another."""
+        return self.promised or len(self.layout.lengths) == 1
+
+    @property
     def kind(self) -> Kind:
         """What program of a graph the step runs."""
-        return Kind(self.isolated, self.cached, self.cache_dtype, self.outputs)
+        return Kind(self.isolated, self.cached, self.cache_dtype, self.outputs, self.counted)
 
     def sizes(self) -> dict[str, int]:
         """True values of the sizes that are symbols."""
         found = {"tokens": sum(self.lengths), "shard_length": self.layout.shard_length}
         if self.cached:
             found |= {"new_tokens": self.layout.tokens, "kept": self.index_inputs["kept_rows"].numel()}
-        sizes = {"held_index": "slots", "held_runs": "runs", "picked_queries": "queries", "picked_past": "past"}
+        sizes = {"held_index": "slots", "held_runs": "runs", "picked_queries": "queries", "picked_past": "past",
+                 "fetch_rows": "sent", "fetched_rows": "fetched"}  # fmt: skip
         for name, each in self.index_inputs.items():
-            what, _, shelf = name.rpartition("_")
+            what, _, number = name.rpartition("_")
             if what in sizes:
-                found[f"{sizes[what]}_{shelf}"] = len(each)
+                found[f"{sizes[what]}_{number}"] = len(each)
+            elif what == "fetch_counts":
+                found[f"sent_rows_{number}"] = int(each[0].sum())
         return found
 
 
@@ -109,6 +120,7 @@ def index_inputs(layout: TokenLayout, rank: int, rows: torch.Tensor | None = Non
     local, gathered = layout.local_index[rank], layout.local_index.reshape(-1)
     return {
         "local_index": local if rows is None else rows[local],
+        "local_valid": layout.valid[rank],
         "gathered_index": gathered if rows is None else rows[gathered],
         "gathered_valid": layout.valid.reshape(-1),
         "restore_index": layout.restore_index,
@@ -125,6 +137,25 @@ class Variant:
     local: LocalProgram
     index_names: list[str]
     measured: dict[str, tuple[int, int]]  # symbols that are the size of an input of the model: which, and its dim
+
+    def completed(self, step: Step) -> Step:
+        """The step with the index inputs of what this program fetches.
+
+        Raises:
+            StrategyError: nothing is to be exchanged, and a request is on several ranks.
+        """
+        if "local_valid" in self.index_names and not (step.apart and needs.whole_on_ranks(step.layout)):
+            raise StrategyError(
+                "strategy local exchanges nothing, but requests of this batch lie on several ranks or may see each "
+                "other; use scheme='whole' and short requests from pack, or attention='fetch'"
+            )
+        if not self.program.reaches:
+            return step
+        rank = int(step.index_inputs["rank"])
+        found = needs.index_inputs(step.layout, rank, self.program.reaches, step.apart)
+        device = step.index_inputs["rank"].device
+        moved = {name: each if "counts" in name else each.to(device) for name, each in found.items()}
+        return replace(step, index_inputs={**step.index_inputs, **moved})
 
     def sizes(self, step: Step, inputs: Sequence[Any]) -> dict[str, int]:
         """True values of the sizes that are symbols."""
@@ -200,6 +231,7 @@ class Compiled:
     def run(self, inputs: Sequence[Any], step: Step) -> tuple[list[Any], Kept]:
         """Run the local graph: the model's outputs, and the keys and values to keep."""
         variant = self.variant(step.kind)
+        step = variant.completed(step)
         if step.held and variant.program.kept != tuple(step.windows):
             raise CacheError(
                 "the cache was filled by a forward whose layers keep other windows than those of this one; pass the "
@@ -217,6 +249,7 @@ class Compiled:
     def report(self, step: Step) -> Report:
         """What the last call ran."""
         variant, analysis = self.variant(step.kind), self._analysis(step.isolated)
+        step = variant.completed(step)
         inputs = {**self._named(analysis), **request_inputs(step.lengths)}
         rows = attention_rows(analysis.isolation.masks, inputs, sum(step.lengths))
         if step.cached:

@@ -14,9 +14,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sp_compile.errors import ConfigError, nearest
+from sp_compile.layout import SCHEMES
 
 CHOICES = {
-    "scheme": ("contiguous", "zigzag"),
+    "scheme": tuple(SCHEMES),
     "outputs": ("full", "sharded"),
     "codegen": ("inductor", "eager"),
     "dtype": ("float32", "float64", "bfloat16", "float16"),
@@ -44,7 +45,8 @@ class CompileConfig(_Checked):
     """How a model is parallelized; the options of :func:`sp_compile.parallelize`.
 
     Attributes:
-        scheme: who holds which tokens: ``contiguous`` or ``zigzag`` (balances causal attention).
+        scheme: who holds which tokens: ``contiguous``; ``zigzag``, which balances causal attention; ``whole``, which
+            leaves short requests on one rank; ``chunked``, which balances any mix of requests.
         outputs: ``full``: whole, in normal order, on every rank; ``sharded``: left on the ranks.
         codegen: ``inductor`` generates code, ``eager`` runs the rewritten graph as it is.
         strict: refuse ops that have no rule, instead of computing them on gathered inputs.

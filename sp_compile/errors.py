@@ -21,6 +21,10 @@ class KernelError(ConfigError):
     """A kernel was asked for that cannot compute the model's attention."""
 
 
+class StrategyError(ConfigError):
+    """A strategy was asked for that cannot run the model's attention, or the batch's."""
+
+
 class BatchError(SPCompileError, ValueError):
     """A batch that cannot be laid out: empty, wrong shape, inconsistent positions."""
 

@@ -93,6 +93,18 @@ def request_lengths_of(named: Mapping[str, torch.Tensor]) -> tuple[int, ...]:
     return (length_of(token_input(named)[1]),)
 
 
+def positions_count(named: Mapping[str, torch.Tensor]) -> bool:
+    """Whether ``position_ids``, if there are any, are known to count the tokens of each request.
+
+    Those from ``pack`` do; those of one row without a mask were looked at by :func:`request_lengths_of`.
+    """
+    positions = named.get("position_ids")
+    if positions is None or packed_lengths(positions) is not None:
+        return True
+    marked = any(packed_lengths(each) is not None for each in named.values())
+    return not marked and "attention_mask" not in named and positions.dim() == 2 and positions.shape[0] == 1
+
+
 def from_pack(values: Iterable[Any]) -> bool:
     """Whether ``pack`` made the batch, which promises that its requests are kept apart."""
     return any(isinstance(each, torch.Tensor) and packed_lengths(each) is not None for each in values)

@@ -10,7 +10,18 @@ import torch
 from torch import fx
 
 from sp_compile import ops
-from sp_compile.placements import REPLICATE, Gathered, Held, Kept, Picked, Placement, Replicate, Shard, describe
+from sp_compile.placements import (
+    REPLICATE,
+    Gathered,
+    Held,
+    Kept,
+    Picked,
+    Placement,
+    Replicate,
+    Shard,
+    describe,
+    gathers_all,
+)
 from sp_compile.program import Program, op_name, placement, uncut_tokens
 from sp_compile.requests import keeps_apart
 from sp_compile.rules import Call, NoRule, apply
@@ -197,7 +208,7 @@ def _gathered_once(program: Program) -> None:
     seen: dict[fx.Node, fx.Node] = {}
     for node in program.graph.find_nodes(op="call_function", target=ops.redistribute):
         source: Placement = placement(node.args[0])
-        if isinstance(source, Shard) and isinstance(placement(node), (Replicate, Gathered)):
+        if isinstance(source, Shard) and gathers_all(placement(node)):
             first = seen.setdefault(node.args[0], node)
             if first is not node:
                 raise Violation(node, f"%{node.args[0].name} gathered once, by %{first.name}", "gathered again")

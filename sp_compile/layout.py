@@ -19,6 +19,7 @@ A scheme only says how a request is cut; everything downstream sees the index te
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -55,8 +56,88 @@ def zigzag(lengths: np.ndarray, sp: int) -> tuple[np.ndarray, np.ndarray]:
     return _cut(lengths, 2 * sp, np.stack([rank, 2 * sp - 1 - rank], axis=1))
 
 
+SHORT = 0.5  # a request with less than this share of a rank's work stays whole
+CHUNKS = 64  # that each rank gets at least, where a batch is cut into chunks: fewer leave ranks uneven
+LONGEST_CHUNK = 512  # tokens: longer ones only where there would be more than all ranks' CHUNKS
+
+
+def areas(lengths: np.ndarray) -> np.ndarray:
+    """Pairs of query and key that a causal mask leaves of requests, int64."""
+    wide = lengths.astype(np.int64)
+    area: np.ndarray = wide * (wide + 1) // 2
+    return area
+
+
+def whole(lengths: np.ndarray, sp: int) -> tuple[np.ndarray, np.ndarray]:
+    """Short requests whole on one rank, longer ones as :func:`zigzag`.
+
+    Short ones go, largest area first, to the rank with the least area so far (longest processing time first). Where
+    all are short, nothing needs to be exchanged.
+
+    Returns starts (within the request) and sizes, ``[sp, requests, 2]`` in the dtype of ``lengths``.
+    """
+    area = areas(lengths)
+    short = area <= SHORT * area.sum() / sp
+    starts, sizes = zigzag(lengths, sp)
+    starts[:, short], sizes[:, short] = 0, 0
+    load = np.zeros(sp, dtype=np.int64)
+    for request in _largest_first(np.where(short, area, 0), int(short.sum())):
+        rank = int(load.argmin())
+        sizes[rank, request, 0] = lengths[request]
+        load[rank] += area[request]
+    return starts, sizes
+
+
+def chunked(lengths: np.ndarray, sp: int) -> tuple[np.ndarray, np.ndarray]:
+    """Requests in chunks, which go, largest area first, to the rank with the least area and room for another.
+
+    No rank gets more than its share of the chunks, rounded up. Source: the dispatch solver of MagiAttention.
+
+    Returns starts (within the request) and sizes, ``[sp, requests, chunks]`` in the dtype of ``lengths``.
+    """
+    size = chunk_size(lengths, sp)
+    counts = -(-lengths.astype(np.int64) // size)
+    request = np.repeat(np.arange(len(lengths)), counts)
+    number = np.arange(len(request)) - np.repeat(np.cumsum(counts) - counts, counts)
+    first = number * size
+    tokens = np.minimum(size, lengths[request] - first)
+    area = areas(first + tokens) - areas(first)
+    rank = _dealt(area, sp, -(-len(area) // sp))
+    order = np.lexsort((number, request, rank))
+    rank, request, first, tokens = (each[order] for each in (rank, request, first, tokens))
+    group = rank * len(lengths) + request
+    begins = np.flatnonzero(np.append(True, np.diff(group) != 0))
+    place = np.arange(len(group)) - np.repeat(begins, np.diff(np.append(begins, len(group))))
+    shape = sp, len(lengths), int(place.max()) + 1
+    starts, sizes = np.zeros(shape, dtype=lengths.dtype), np.zeros(shape, dtype=lengths.dtype)
+    starts[rank, request, place], sizes[rank, request, place] = first, tokens
+    return starts, sizes
+
+
+def chunk_size(lengths: np.ndarray, sp: int) -> int:
+    """Tokens of a chunk: so many that every rank gets enough chunks, in a power of two."""
+    wanted = max(1, int(lengths.sum(dtype=np.int64)) // (sp * CHUNKS))
+    return int(min(LONGEST_CHUNK, 1 << (wanted.bit_length() - 1)))
+
+
+def _largest_first(area: np.ndarray, count: int) -> list[int]:
+    return np.argsort(-area, kind="stable")[:count].tolist()  # type: ignore[no-any-return]
+
+
+def _dealt(area: np.ndarray, sp: int, most: int) -> np.ndarray:
+    """The rank of each chunk, at most so many for each."""
+    rank = np.empty(len(area), dtype=np.int64)
+    load = [(0, each, 0) for each in range(sp)]  # area, rank, chunks
+    for chunk in _largest_first(area, len(area)):
+        least, each, chunks = heapq.heappop(load)
+        rank[chunk] = each
+        if chunks + 1 < most:
+            heapq.heappush(load, (least + int(area[chunk]), each, chunks + 1))
+    return rank
+
+
 Scheme = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
-SCHEMES: dict[str, Scheme] = {"contiguous": contiguous, "zigzag": zigzag}
+SCHEMES: dict[str, Scheme] = {"contiguous": contiguous, "zigzag": zigzag, "whole": whole, "chunked": chunked}
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import fx
 
 from sp_compile import kernels
+from sp_compile.compat import process_group
 from sp_compile.kernels import flex
 from sp_compile.kernels import plan as plans
 from sp_compile.kernels.dense import accumulated
@@ -111,6 +113,29 @@ def attention_part(node: fx.Node, i: int) -> fx.Node | None:
 def attention_nodes(graph: fx.Graph) -> list[fx.Node]:
     """The canonical attention nodes of a graph, in order."""
     return list(graph.find_nodes(op="call_function", target=torch.ops.sp_compile.attention.default))
+
+
+@torch.library.custom_op("sp_compile::exchange_rows", mutates_args=())
+def exchange_rows(rows: torch.Tensor, counts: torch.Tensor, received: torch.Tensor, group_name: str) -> torch.Tensor:
+    """Send rows to other ranks, and receive theirs.
+
+    Args:
+        rows: ``[sent, ...]``, ordered by the rank they go to; what the counts do not name stays here.
+        counts: int64 ``[2, sp]`` on the host, rows that go to each rank and that come from each.
+        received: its length is that of the result.
+
+    Returns:
+        ``[received, ...]``, ordered by the rank they come from; zero where none came.
+    """
+    sent, come = counts.tolist()
+    out = rows.new_zeros(received.shape[0], *rows.shape[1:])
+    dist.all_to_all_single(out[: sum(come)], rows[: sum(sent)].contiguous(), come, sent, process_group(group_name))
+    return out
+
+
+@exchange_rows.register_fake
+def _(rows: torch.Tensor, counts: torch.Tensor, received: torch.Tensor, group_name: str) -> torch.Tensor:
+    return rows.new_empty(received.shape[0], *rows.shape[1:])
 
 
 @torch.library.custom_op("sp_compile::tile_plan", mutates_args=())

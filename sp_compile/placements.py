@@ -9,6 +9,7 @@ rank holds all rows, in padded SP order.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch.distributed.tensor.placement_types import Partial as Partial
 from torch.distributed.tensor.placement_types import Replicate as Replicate
@@ -46,8 +47,9 @@ class Shard:
 class Gathered:
     """All rows on every rank along ``dim``, in padded SP order (``sp * shard_length`` of them).
 
-    With ``of``, other rows than all: those that every rank picked (see :class:`Picked`), rank after rank, or for
-    ``seen_<shelf>`` all new rows and behind them earlier ones that were picked.
+    With ``of``, other rows than all: those that every rank picked (see :class:`Picked`), rank after rank; for
+    ``seen_<shelf>`` all new rows and behind them earlier ones that were picked; for ``reach_<i>`` the rank's own and
+    behind them those of others that its queries can see; for ``local`` only its own.
     """
 
     dim: int
@@ -98,13 +100,17 @@ class Kept:
 
 @dataclass(frozen=True)
 class QueriesByKeys:
-    """A mask that could not be lifted: the rank's rows along ``queries``, padded SP order along ``keys``."""
+    """A mask that could not be lifted: the rank's rows along ``queries``, gathered rows along ``keys``.
+
+    ``of`` as in :class:`Gathered`.
+    """
 
     queries: int
     keys: int
+    of: str = ""
 
     def __str__(self) -> str:
-        return f"QueriesByKeys({self.queries}, {self.keys})"
+        return f"QueriesByKeys({self.queries}, {self.keys}{f', {self.of}' if self.of else ''})"
 
 
 @dataclass(frozen=True)
@@ -123,6 +129,12 @@ class RankLocal:
 
 Placement = Replicate | Shard | Gathered | Picked | Held | Kept | QueriesByKeys | RankLocal | Partial
 REPLICATE = Replicate()
+LOCAL_ROWS = "local"
+
+
+def gathers_all(placement: Any) -> bool:
+    """Whether all rows are on every rank, in either order."""
+    return isinstance(placement, Replicate) or (isinstance(placement, Gathered) and not placement.of)
 
 
 def describe(placement: Placement | tuple[Placement, ...] | None) -> str:

@@ -12,15 +12,18 @@ import torch
 from torch import fx
 
 from sp_compile.ledger import Window
-from sp_compile.placements import REPLICATE, Gathered, Placement, describe
+from sp_compile.needs import Reach
+from sp_compile.placements import LOCAL_ROWS, REPLICATE, Gathered, Placement, describe
 from sp_compile.symbols import is_float, is_tensor, length_input, tensors_of, token_dims
 
 LETTERS = {"tokens": "T", "shard_length": "n"}
-INDEX_INPUTS = ("local_index", "gathered_index", "gathered_valid", "restore_index", "rank", "request_index",
-                "request_start", "new_rows", "kept_rows")  # fmt: skip
-# the tensors of a cache, what is where on a shelf, and which queries and keys go to each other
-OF_CACHE = re.compile(r"(?:held|held_index|held_valid|held_runs|picked_queries|picked_past|queries_index|merged_rows"
-                      r"|seen_index|seen_valid)_\d+")  # fmt: skip
+INDEX_INPUTS = ("local_index", "local_valid", "gathered_index", "gathered_valid", "restore_index", "rank",
+                "request_index", "request_start", "new_rows", "kept_rows")  # fmt: skip
+# the tensors of a cache, what is where on a shelf, and which queries and keys go to each other; what a reach fetches
+NUMBERED = re.compile(
+    r"(held|held_index|held_valid|held_runs|picked_queries|picked_past|queries_index|merged_rows"
+    r"|seen_index|seen_valid|fetch_rows|fetch_counts|fetched_rows|reach_index|reach_valid)_\d+"
+)
 
 
 @dataclass(frozen=True)
@@ -49,12 +52,14 @@ class Program:
         token_inputs: placeholders whose rows are cut to the rank's, with their token dim.
         outputs: ``full`` or ``sharded``.
         isolated: made for packed batches that the model itself would mix.
+        counted: requests are apart, and ``position_ids`` count the tokens of each.
         cached: keys and values are kept for later calls (``first``), and those of earlier calls seen too: where they
             are (``more``), or of some requests where the new tokens are (``mixed``).
         cache_dtype: of kept keys and values; None for the model's own.
         kept: windows of the keys and values to keep, which are the outputs' end; None for all tokens.
         query_bytes: of one token's queries on their way to earlier keys and of what comes back, in all layers of a
             window.
+        reaches: how far queries see, for each kind of attention that fetches keys.
         isolation: what was done to keep their requests apart.
         compiled: whether code is generated for the graph, or it runs as it is.
         fallbacks: what was computed on gathered inputs.
@@ -70,10 +75,12 @@ class Program:
     token_inputs: dict[str, int]
     outputs: str = "full"
     isolated: bool = False
+    counted: bool = False
     cached: str = ""
     cache_dtype: torch.dtype | None = None
     kept: tuple[Window, ...] = ()
     query_bytes: dict[Window, int] = field(default_factory=dict)
+    reaches: list[Reach] = field(default_factory=list)
     isolation: str = ""
     compiled: bool = True
     fallbacks: list[Fallback] = field(default_factory=list)
@@ -109,8 +116,8 @@ class Program:
         self.fallbacks.append(same)
 
     def index_input(self, name: str) -> fx.Node:
-        """The placeholder of one of :data:`INDEX_INPUTS` or of a cache, added at its first use."""
-        assert name in INDEX_INPUTS or OF_CACHE.fullmatch(name), name
+        """The placeholder of one of :data:`INDEX_INPUTS` or :data:`NUMBERED`, added at its first use."""
+        assert name in INDEX_INPUTS or NUMBERED.fullmatch(name), name
         last = None
         for node in self.graph.nodes:
             if node.op != "placeholder":
@@ -153,8 +160,15 @@ def placement(node: fx.Node) -> Any:
 def gathered_index(gathered: Placement) -> str:
     """The index input that says which rows of the whole row are gathered; without ranks all are."""
     of = gathered.of if isinstance(gathered, Gathered) else ""
+    if of == LOCAL_ROWS:
+        return "local_index"
     what, _, shelf = of.rpartition("_")
     return f"{what}_index_{shelf}" if of else "gathered_index"
+
+
+def gathered_valid(gathered: Gathered) -> str:
+    """The index input that says which of the gathered rows are tokens."""
+    return gathered_index(gathered).replace("index", "valid")
 
 
 def source_line(node: fx.Node) -> str:

@@ -23,7 +23,8 @@ class Collective:
     """One collective of the local graph.
 
     ``bytes_sent`` are the bytes that one rank sends: ``(sp - 1)`` times its part for an all-gather (ring or direct),
-    ``2 (sp - 1) / sp`` times the tensor for an all-reduce, half of that for an all-to-all.
+    ``2 (sp - 1) / sp`` times the tensor for an all-reduce, half of that for an all-to-all; for an exchange of rows what
+    the others need of this rank's.
     """
 
     name: str
@@ -112,6 +113,9 @@ def _collectives(program: Program, sizes: Mapping[str, int]) -> list[Collective]
         elif node.target is c10d.all_to_all_single.default:
             part = _numel(node.args[0], values)
             found.append(_collective(node, "all_to_all", (program.sp - 1) * part // program.sp, values))
+        elif node.target is torch.ops.sp_compile.exchange_rows.default:
+            rows = sizes[f"sent_rows_{node.args[1].name.rpartition('_')[2]}"]
+            found.append(_collective(node, "exchange", rows * _numel(node.args[0], values, 1), values))
         elif node.target is c10d.all_reduce.default:
             part = _numel(node.args[0], values)
             found.append(_collective(node, "all_reduce", 2 * (program.sp - 1) * part // program.sp, values))
@@ -124,9 +128,9 @@ def _collective(node: fx.Node, kind: str, elements: int, values: dict[Any, Any])
     return Collective(node.name, kind, elements * value.element_size(), f"[{shape}]", source_line(node))
 
 
-def _numel(node: Any, values: dict[Any, Any]) -> int:
-    """Elements for this layout, dims that depend on data counted as 1."""
-    return math.prod(_known(size, values) or 1 for size in node.meta["val"].shape)
+def _numel(node: Any, values: dict[Any, Any], first: int = 0) -> int:
+    """Elements for this layout, of the dims from ``first`` on; those that depend on data are counted as 1."""
+    return math.prod(_known(size, values) or 1 for size in node.meta["val"].shape[first:])
 
 
 def _known(size: Any, values: dict[Any, Any]) -> int | None:

@@ -36,6 +36,7 @@ from sp_compile.inputs import (
     install_output_hooks,
     mark_token_dims,
     named_tensors,
+    positions_count,
     request_lengths_of,
     token_input,
     with_cache,
@@ -198,7 +199,7 @@ class ParallelModule(nn.Module):
         named, self.layout = self._lay_out((), batch)
         self._explained = batch
         try:
-            step = Step(self.layout, {}, self._promised(named, self.layout), outputs=self.compile_config.outputs)
+            step = self._prepare(named, self.layout)
             self._apart((), batch, step)
         except _Explained as explained:
             return explained.compiled.report(explained.step)
@@ -238,6 +239,7 @@ class ParallelModule(nn.Module):
             raise CacheError("the pipeline has no shard_cache; add it behind shard_attention to run with a cache")
         program = captured.program(self.group.size, self.group.name, kind.outputs)
         program.isolated, program.cached, program.cache_dtype = kind.isolated, kind.cached, kind.cache_dtype
+        program.counted = kind.counted
         program.hints = hints or {}
         program.compiled = self.compile_config.codegen == "inductor"
         steps = run_pipeline(program, self.pipeline, self.compile_config.verify_passes, trace)
@@ -278,7 +280,9 @@ class ParallelModule(nn.Module):
     def _prepare(self, named: Mapping[str, torch.Tensor], layout: TokenLayout) -> Step:
         tokens = token_input(named)[1]
         inputs = _index_inputs(layout, self.group.rank, tokens.device)
-        return Step(layout, inputs, self._promised(named, layout), outputs=self.compile_config.outputs)
+        step = Step(layout, inputs, self._promised(named, layout), outputs=self.compile_config.outputs)
+        reads_reach = any(getattr(each, "reads_reach", False) for each in self.pipeline)
+        return replace(step, counted=reads_reach and step.apart and positions_count(named))
 
     def _promised(self, named: Mapping[str, torch.Tensor], layout: TokenLayout) -> bool:
         """Whether the requests of the batch must be kept apart."""

@@ -1,7 +1,8 @@
-"""How far back an attention sees, read from its mask rule.
+"""How far back and ahead an attention sees, read from its mask rule.
 
 A rule that joins ``key > query - 512`` to whatever else, over numbers of the row's tokens, never shows a query more
-than the last 512. Only what follows from the rule counts: positions that come from outside may jump, and prove nothing.
+than the last 512, and one that joins ``key <= query`` nothing that comes later. Only what follows from the rule counts:
+positions that come from outside may jump, and prove nothing.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ import torch
 from torch import fx
 
 from sp_compile import ops
+from sp_compile.needs import Reach
 from sp_compile.requests import START, keeps_apart
 from sp_compile.score_rule import Assignment, parse
 from sp_compile.symbols import product, shape_of
 
 aten = torch.ops.aten
+POSITIONS = "position_ids"
 
 SAME_ORDER = (ops.redistribute, aten.reshape.default, aten.view.default, aten.unsqueeze.default, aten.expand.default,
               aten.squeeze.dim, aten.clone.default, aten._to_copy.default, aten.to.dtype)  # fmt: skip
@@ -43,22 +46,29 @@ class _Linear:
 
 
 def window_of(attention: fx.Node, tokens: sympy.Symbol | None) -> int | None:
-    """Tokens that a query sees at most, itself and those before it; None where the rule sets no bound.
+    """Tokens that a query sees at most, itself and those before it; None where the rule sets no bound."""
+    return reach_of(attention, tokens).back
+
+
+def reach_of(attention: fx.Node, tokens: sympy.Symbol | None, counted: bool = False) -> Reach:
+    """How far an attention sees by its rule.
 
     Args:
         attention: a canonical attention node, of which queries and keys are the tokens of one row.
+        counted: requests are apart, and ``position_ids`` count the tokens of each.
     """
     args = ops.AttentionArgs(*attention.args)
-    apart = keeps_apart(args.rule, args.operands)
-    numbers = [_row_numbers(each, tokens, apart) for each in args.operands]
+    apart = counted or keeps_apart(args.rule, args.operands)
+    numbers = _row_numbers(args.operands, tokens, apart, counted)
     values: dict[Any, _Linear | None] = {f"x{i}": each for i, each in enumerate(numbers)}
     steps = {}
     for step in parse(args.rule):
         steps[step.name] = step
         values[step.name] = _linear(step, values)
-    bounds = [_bound(step, values) for step in _joined("mask", steps)]
-    found = [each for each in bounds if each is not None and each >= 1]
-    return min(found, default=None)
+    bounds = [each for each in (_bound(step, values) for step in _joined("mask", steps)) if each is not None]
+    back = [each.back for each in bounds if each.back is not None and each.back >= 1]
+    ahead = [each.ahead for each in bounds if each.ahead is not None and each.ahead >= 0]
+    return Reach(min(back, default=None), min(ahead, default=None))
 
 
 def _joined(name: str, steps: dict[str, Assignment]) -> Iterator[Assignment]:
@@ -71,8 +81,8 @@ def _joined(name: str, steps: dict[str, Assignment]) -> Iterator[Assignment]:
         yield step
 
 
-def _bound(step: Assignment, values: dict[Any, _Linear | None]) -> int | None:
-    """``W`` of ``key > query - W``."""
+def _bound(step: Assignment, values: dict[Any, _Linear | None]) -> Reach | None:
+    """``back`` of ``key > query - back``, or ``ahead`` of ``key <= query + ahead``."""
     if step.function not in SWAPPED:
         return None
     left, right = (_value(each, values) for each in step.arguments)
@@ -81,9 +91,12 @@ def _bound(step: Assignment, values: dict[Any, _Linear | None]) -> int | None:
     difference, function = left.plus(right, -1), step.function
     if difference.key < 0:
         difference, function = _Linear().plus(difference, -1), SWAPPED[function]
-    if (difference.key, difference.query) != (1, -1) or function not in ("ge", "gt"):
+    constant = int(difference.constant)
+    if (difference.key, difference.query) != (1, -1) or difference.constant != constant:
         return None
-    return int(difference.constant) + (function == "ge") if difference.constant == int(difference.constant) else None
+    if function in ("ge", "gt"):
+        return Reach(constant + (function == "ge"), None)
+    return Reach(None, -constant - (function == "lt"))
 
 
 def _linear(step: Assignment, values: dict[Any, _Linear | None]) -> _Linear | None:
@@ -100,15 +113,25 @@ def _value(argument: Any, values: dict[Any, _Linear | None]) -> _Linear | None:
     return values.get(argument) if isinstance(argument, str) else _Linear(constant=argument)
 
 
-def _row_numbers(operand: fx.Node, tokens: sympy.Symbol | None, apart: bool) -> _Linear | None:
-    """The operand as numbers of rows along its queries or keys, if it is these.
+def _row_numbers(
+    operands: Sequence[fx.Node], tokens: sympy.Symbol | None, apart: bool, counted: bool
+) -> list[_Linear | None]:
+    """The operands as numbers of rows along their queries or keys, where they are these.
 
-    Where only pairs of the same request are seen (``apart``), they may count from where that begins.
+    Where only pairs of the same request are seen (``apart``), all of them may count from where that begins; some may
+    not, if others count the row's tokens.
     """
+    found = [_row_number(each, tokens, False, False) for each in operands]
+    if not apart or any(each is not None for each in found):
+        return found
+    return [_row_number(each, tokens, True, counted) for each in operands]
+
+
+def _row_number(operand: fx.Node, tokens: sympy.Symbol | None, apart: bool, counted: bool) -> _Linear | None:
     shape: Sequence[Any] = shape_of(operand)
     if tokens is None or len(shape) < 2 or tokens not in shape[-2:]:
         return None
-    offset = _offset(operand, tokens, apart)
+    offset = _offset(operand, tokens, apart, counted)
     if offset is None:
         return None
     return _Linear(query=1, constant=offset) if shape[-2] == tokens else _Linear(key=1, constant=offset)
@@ -120,22 +143,25 @@ def _inner(node: fx.Node, tokens: sympy.Symbol) -> Any:
     return product(shape[shape.index(tokens) + 1 :]) if shape.count(tokens) == 1 else None
 
 
-def _offset(node: Any, tokens: sympy.Symbol, apart: bool) -> float | None:
+def _offset(node: Any, tokens: sympy.Symbol, apart: bool, counted: bool) -> float | None:
     """``c`` where the node's elements along the token dim are ``c, c + 1, ...``, and along others the same.
 
-    They may begin anew with each request where that will do (``apart``).
+    They may begin anew with each request where that will do (``apart``), as ``position_ids`` do where they are known to
+    (``counted``).
     """
+    if counted and isinstance(node, fx.Node) and node.op == "placeholder":
+        return 0 if node.name == POSITIONS and shape_of(node) == (1, tokens) else None
     if not isinstance(node, fx.Node) or node.op != "call_function" or shape_of(node).count(tokens) != 1:
         return None
     args: Any = node.args
     if node.target in SAME_ORDER:
         kept = node.target is aten.expand.default or _inner(args[0], tokens) == _inner(node, tokens)
-        return _offset(args[0], tokens, apart) if kept else None
+        return _offset(args[0], tokens, apart, counted) if kept else None
     if node.target in (aten.add.Tensor, aten.sub.Tensor) and not node.kwargs and isinstance(args[1], int | float):
-        base = _offset(args[0], tokens, apart)
+        base = _offset(args[0], tokens, apart, counted)
         return None if base is None else base + (args[1] if node.target is aten.add.Tensor else -args[1])
     if node.target is aten.sub.Tensor and apart and args[1].meta.get("index_input") == START:
-        return _offset(args[0], tokens, apart)
+        return _offset(args[0], tokens, apart, counted)
     if node.target is aten.arange.default and shape_of(node) == (tokens,):
         return 0
     if node.target is aten.arange.start and shape_of(node) == (tokens,):

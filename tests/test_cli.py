@@ -177,7 +177,10 @@ def test_version_and_help(capsys):
     [
         (["run", "prefil"], "did you mean 'prefill.yaml'?"),
         (["run", "prefill", "run.spp=2"], "unknown key 'run.spp'; did you mean 'sp'?"),
-        (["explain", "prefill", "scheme=zig"], "scheme='zig' is not known; pass one of contiguous, zigzag"),
+        (
+            ["explain", "prefill", "scheme=zig"],
+            "scheme='zig' is not known; pass one of contiguous, zigzag, whole, chunked",
+        ),
         (["diff", "prefill", "sp"], "'sp' is not key=value"),
         (["run", "prefill", "--json", "no/such/folder/x.json"], "there is no directory 'no/such/folder'"),
         (["explain", "prefill", "pipeline=[normalise]"], "unknown pass 'normalise'; did you mean 'normalize'?"),

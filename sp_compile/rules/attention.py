@@ -26,7 +26,8 @@ def attention(call: Call) -> Outcome:
         per_query = rank >= 2 and sizes[-2] == shape_of(q)[2]
         per_key = rank >= 1 and sizes[-1] == shape_of(k)[2]
         if isinstance(keys_held, Gathered) and per_key:
-            needs[operand] = QueriesByKeys(rank - 2, rank - 1) if per_query else replace(keys_held, dim=rank - 1)
+            both = QueriesByKeys(rank - 2, rank - 1, keys_held.of)
+            needs[operand] = both if per_query else replace(keys_held, dim=rank - 1)
         else:
             needs[operand] = Shard(rank - 2) if per_query else REPLICATE
     return Outcome((Shard(2), Shard(2)), needs)

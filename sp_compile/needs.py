@@ -1,0 +1,111 @@
+"""Which keys each rank's queries can see, and who sends them: the exchange of the strategy ``fetch``.
+
+A rank holds runs of rows. What the queries of a run can see is an interval of rows: their request, as far back and
+ahead as the mask's rule reaches. Every rank knows the layout, and so what all others need of it. Source: the group-cast
+of MagiAttention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from sp_compile.layout import TokenLayout
+
+FEWEST = 2  # rows: code is generated for any number from 2 on
+
+
+class Reach(NamedTuple):
+    """Which tokens of its row a query sees at most.
+
+    Attributes:
+        back: so many of itself and those before it; None for no bound.
+        ahead: so many of those behind it; None for no bound.
+    """
+
+    back: int | None
+    ahead: int | None
+
+
+@lru_cache(maxsize=64)
+def fetched_rows(layout: TokenLayout, rank: int, reach: Reach, apart: bool) -> tuple[np.ndarray, ...]:
+    """What a rank sends and receives.
+
+    Args:
+        apart: no query sees another request.
+
+    Returns:
+        Its local rows that others need, by destination, int64 ``[sent]``; how many go to each and come from each, int64
+        ``[2, sp]``; and the normal-order rows that it receives, by their rank, int64 ``[received]``.
+    """
+    needed = [_intervals(layout, each, reach, apart) for each in range(layout.sp)]
+    nothing = np.zeros(0, dtype=np.int64)
+    sent = [_within(rows_of(layout, rank), each) if i != rank else nothing for i, each in enumerate(needed)]
+    received = [
+        rows_of(layout, i)[_within(rows_of(layout, i), needed[rank])] if i != rank else nothing
+        for i in range(layout.sp)
+    ]
+    counts = np.asarray([[len(each) for each in part] for part in (sent, received)], dtype=np.int64)
+    return np.concatenate(sent), counts, np.concatenate(received)
+
+
+def index_inputs(layout: TokenLayout, rank: int, reaches: Sequence[Reach], apart: bool) -> dict[str, torch.Tensor]:
+    """Index inputs for programs that fetch keys, on the host; see :func:`fetched_rows`."""
+    found: dict[str, np.ndarray] = {}
+    for i, reach in enumerate(reaches):
+        sent, counts, received = fetched_rows(layout, rank, reach, apart)
+        real = np.arange(max(FEWEST, len(received))) < len(received)
+        rows = _padded(received)
+        found |= {
+            f"fetch_rows_{i}": _padded(sent),
+            f"fetch_counts_{i}": counts,
+            f"fetched_rows_{i}": rows,
+            f"reach_index_{i}": np.concatenate([layout.local_index[rank].numpy(), rows]),
+            f"reach_valid_{i}": np.concatenate([layout.valid[rank].numpy(), real]),
+        }
+    return {name: torch.from_numpy(each) for name, each in found.items()}
+
+
+def whole_on_ranks(layout: TokenLayout) -> bool:
+    """Whether every request lies whole on one rank."""
+    request = np.repeat(np.arange(len(layout.lengths)), layout.lengths)
+    holders = sum(len(np.unique(request[rows_of(layout, rank)])) for rank in range(layout.sp))
+    return holders == len(layout.lengths)
+
+
+def rows_of(layout: TokenLayout, rank: int) -> np.ndarray:
+    """Normal-order rows of a rank, ascending."""
+    rows: np.ndarray = layout.local_index[rank].numpy()[: layout.tokens_per_rank[rank]]
+    return rows
+
+
+def _intervals(layout: TokenLayout, rank: int, reach: Reach, apart: bool) -> np.ndarray:
+    """Rows that a rank's queries can see: int64 ``[runs, 2]`` of first and end, which may overlap."""
+    rows = rows_of(layout, rank)
+    ends = np.cumsum(layout.lengths if apart else [layout.tokens])
+    request = np.searchsorted(ends, rows, side="right")
+    begins = np.flatnonzero((np.diff(rows, prepend=-2) != 1) | (np.diff(request, prepend=-1) != 0))
+    of = request[begins]
+    first, last = rows[begins], rows[np.append(begins[1:], len(rows)) - 1] if len(rows) else rows
+    low, high = np.append(0, ends)[of], ends[of]
+    if reach.back is not None:
+        low = np.maximum(low, first - reach.back + 1)
+    if reach.ahead is not None:
+        high = np.minimum(high, last + 1 + reach.ahead)
+    return np.stack([low, high], axis=1)
+
+
+def _within(rows: np.ndarray, intervals: np.ndarray) -> np.ndarray:
+    """Places of ascending rows that lie in any interval."""
+    steps = np.zeros(len(rows) + 1, dtype=np.int64)
+    np.add.at(steps, np.searchsorted(rows, intervals[:, 0]), 1)
+    np.add.at(steps, np.searchsorted(rows, intervals[:, 1]), -1)
+    return np.flatnonzero(np.cumsum(steps)[:-1] > 0)
+
+
+def _padded(rows: np.ndarray) -> np.ndarray:
+    return np.pad(rows, (0, max(0, FEWEST - len(rows))))
