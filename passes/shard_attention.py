@@ -11,6 +11,7 @@ Strategies, for all attentions or some of them:
   apart. Source: the group-cast of MagiAttention.
 * ``window``: the same, for layers with a sliding window only; what is fetched is the halo.
 * ``local``: nothing is exchanged, since every request lies whole on one rank.
+* ``auto``: for each batch and attention that of the others which brings the fewest rows to the rank that needs most.
 
 Padding is masked by ``valid``. With a cache, new keys and values go to everyone, who share them out.
 
@@ -42,7 +43,7 @@ from sp_compile.program import Program, gathered_valid, moved, placement, source
 from sp_compile.symbols import shape_of
 from sp_compile.windows import reach_of
 
-STRATEGIES = ("allgather_kv", "fetch", "window", "local")
+STRATEGIES = ("allgather_kv", "fetch", "window", "local", "auto")
 
 
 @dataclass(frozen=True)
@@ -78,16 +79,21 @@ class ShardAttention(Pass):
             return
         made: dict[tuple[fx.Node, Placement], fx.Node] = {}
         attentions = ops.attention_nodes(program.graph)
-        for node, strategy in zip(attentions, self._chosen(len(attentions)), strict=True):
+        for node, strategy in zip(attentions, self._chosen(program, len(attentions)), strict=True):
             _shard(program, node, _keys(program, node, "allgather_kv" if program.cached else strategy), made)
         program.remove_dead_code()
 
     @property
     def reads_reach(self) -> bool:
         """Whether any strategy asks how far queries see."""
-        return not {self.strategy, *self.layers.values()}.isdisjoint(("fetch", "window"))
+        return not {self.strategy, *self.layers.values()}.isdisjoint(("fetch", "window", "auto"))
 
-    def _chosen(self, attentions: int) -> list[str]:
+    @property
+    def chooses(self) -> bool:
+        """Whether strategies depend on the batch."""
+        return "auto" in (self.strategy, *self.layers.values())
+
+    def _chosen(self, program: Program, attentions: int) -> list[str]:
         """The strategy of each attention."""
         chosen = [self.strategy] * attentions
         for numbers, strategy in self.layers.items():
@@ -95,7 +101,8 @@ class ShardAttention(Pass):
                 if i >= attentions:
                     raise StrategyError(f"layers name attention {i}, and the model has {attentions}, from 0 on")
                 chosen[i] = strategy
-        return chosen
+        best = program.strategies or ("allgather_kv",) * attentions
+        return [best[i] if each == "auto" else each for i, each in enumerate(chosen)]
 
 
 def _numbers(text: str) -> range:

@@ -16,17 +16,19 @@ from sp_compile.isolation import Isolation, find_isolation
 from sp_compile.layout import TokenLayout
 from sp_compile.ledger import Window
 from sp_compile.masks import attention_rows
+from sp_compile.ops import attention_nodes
 from sp_compile.pipeline import PassStep, build_pipeline, run_pipeline
 from sp_compile.program import Program
 from sp_compile.report import Report, make_report
 from sp_compile.requests import request_inputs
+from sp_compile.windows import reach_of
 
 
 class Kind(NamedTuple):
     """What sets the programs of one captured graph apart.
 
     Attributes:
-        isolated, cached, cache_dtype, outputs, counted: as in :class:`~sp_compile.program.Program`.
+        isolated, cached, cache_dtype, outputs, counted, strategies: as in :class:`~sp_compile.program.Program`.
     """
 
     isolated: bool = False
@@ -34,6 +36,7 @@ class Kind(NamedTuple):
     cache_dtype: torch.dtype | None = None
     outputs: str = "full"
     counted: bool = False
+    strategies: tuple[str, ...] = ()
 
 
 ANALYSED = ("normalize", "raise_attention", "isolate_requests", "shard_tokens", "propagate_placements")
@@ -51,7 +54,8 @@ class Step:
         cached: as in :class:`~sp_compile.program.Program`; the layout then is that of the new tokens.
         rows: tokens of each request, those of earlier calls included; None for the layout's.
         held, windows: the tensors of the cache on this rank, and how far back each is seen.
-        cache_dtype, outputs, counted: as in :class:`~sp_compile.program.Program`.
+        cache_dtype, outputs, counted, strategies: as in :class:`~sp_compile.program.Program`.
+        chooses: strategies are to be chosen for the batch.
     """
 
     layout: TokenLayout
@@ -65,6 +69,8 @@ class Step:
     cache_dtype: torch.dtype | None = None
     outputs: str = "full"
     counted: bool = False
+    strategies: tuple[str, ...] = ()
+    chooses: bool = False
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -79,7 +85,7 @@ class Step:
     @property
     def kind(self) -> Kind:
         """What program of a graph the step runs."""
-        return Kind(self.isolated, self.cached, self.cache_dtype, self.outputs, self.counted)
+        return Kind(self.isolated, self.cached, self.cache_dtype, self.outputs, self.counted, self.strategies)
 
     def sizes(self) -> dict[str, int]:
         """True values of the sizes that are symbols."""
@@ -164,11 +170,17 @@ class Variant:
 
 @dataclass
 class Analysis:
-    """What is known of a variant, and the mixes of lengths that were checked."""
+    """What is known of a graph, with its requests isolated or not, and the mixes of lengths that were checked."""
 
     isolation: Isolation
     names: list[str]
+    program: Program
     apart: set[tuple[tuple[int, ...], bool]] = field(default_factory=set)
+
+    def reaches(self, counted: bool) -> list[needs.Reach]:
+        """How far the queries of each attention see; see :func:`~sp_compile.windows.reach_of`."""
+        nodes = attention_nodes(self.program.graph)
+        return [reach_of(node, self.program.tokens, counted) for node in nodes]
 
 
 class Compiled:
@@ -230,8 +242,7 @@ class Compiled:
 
     def run(self, inputs: Sequence[Any], step: Step) -> tuple[list[Any], Kept]:
         """Run the local graph: the model's outputs, and the keys and values to keep."""
-        variant = self.variant(step.kind)
-        step = variant.completed(step)
+        variant, step = self._prepared(step)
         if step.held and variant.program.kept != tuple(step.windows):
             raise CacheError(
                 "the cache was filled by a forward whose layers keep other windows than those of this one; pass the "
@@ -248,14 +259,21 @@ class Compiled:
 
     def report(self, step: Step) -> Report:
         """What the last call ran."""
-        variant, analysis = self.variant(step.kind), self._analysis(step.isolated)
-        step = variant.completed(step)
+        (variant, step), analysis = self._prepared(step), self._analysis(step.isolated)
         inputs = {**self._named(analysis), **request_inputs(step.lengths)}
         rows = attention_rows(analysis.isolation.masks, inputs, sum(step.lengths))
         if step.cached:
             rows = rows[step.index_inputs["new_rows"].cpu().numpy()]
         sizes = variant.sizes(step, self._inputs)
         return make_report(variant.program, variant.steps, step.layout, rows, sizes)
+
+    def _prepared(self, step: Step) -> tuple[Variant, Step]:
+        """The program for a step, and the step with all that it needs."""
+        if step.chooses and not step.cached:
+            reaches = self._analysis(step.isolated).reaches(step.counted)
+            step = replace(step, strategies=needs.choose_strategies(step.layout, reaches, step.apart))
+        variant = self.variant(step.kind)
+        return variant, variant.completed(step)
 
     def _named(self, analysis: Analysis) -> dict[str, Any]:
         named = dict(zip(analysis.names, self._inputs, strict=True))
@@ -269,7 +287,7 @@ class Compiled:
             run_pipeline(program, build_pipeline(ANALYSED), verify=False)
             on_meta = any(_is_meta(node) for node in program.graph.find_nodes(op="placeholder"))
             isolation = find_isolation(program, torch.device("cpu") if on_meta else None)
-            self._analyses[isolated] = Analysis(isolation, names)
+            self._analyses[isolated] = Analysis(isolation, names, program)
         return self._analyses[isolated]
 
 

@@ -17,7 +17,7 @@ from sp_compile.errors import ConfigError, nearest
 from sp_compile.layout import SCHEMES
 
 CHOICES = {
-    "scheme": tuple(SCHEMES),
+    "scheme": (*SCHEMES, "auto"),
     "outputs": ("full", "sharded"),
     "codegen": ("inductor", "eager"),
     "dtype": ("float32", "float64", "bfloat16", "float16"),
@@ -46,11 +46,13 @@ class CompileConfig(_Checked):
 
     Attributes:
         scheme: who holds which tokens: ``contiguous``; ``zigzag``, which balances causal attention; ``whole``, which
-            leaves short requests on one rank; ``chunked``, which balances any mix of requests.
+            leaves short requests on one rank; ``chunked``, which balances any mix of requests; ``auto`` for what is
+            predicted to be fastest for the batch.
         outputs: ``full``: whole, in normal order, on every rank; ``sharded``: left on the ranks.
         codegen: ``inductor`` generates code, ``eager`` runs the rewritten graph as it is.
         strict: refuse ops that have no rule, instead of computing them on gathered inputs.
-        attention: strategy for attention.
+        attention: strategy for attention, see the pass ``shard_attention``: ``allgather_kv``, ``fetch``, ``window``,
+            ``local``, or ``auto`` for what brings the fewest rows.
         kernel: what computes attention on a rank: ``tiles``, ``flex``, ``dense``, ``dense_fp64``, or ``auto`` for what
             suits the device.
         verify_passes: check the graph's invariants after every pass.

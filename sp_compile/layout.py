@@ -138,6 +138,31 @@ def _dealt(area: np.ndarray, sp: int, most: int) -> np.ndarray:
 
 Scheme = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
 SCHEMES: dict[str, Scheme] = {"contiguous": contiguous, "zigzag": zigzag, "whole": whole, "chunked": chunked}
+AUTO = ("whole", "zigzag", "chunked")  # the one that exchanges least first
+AS_GOOD = 1.02  # of the best makespan
+
+
+def choose_scheme(lengths: Sequence[int], sp: int, pairs_per_token: float) -> str:
+    """The scheme whose slowest rank is predicted to be fastest; of those that are as good the one that exchanges least.
+
+    Args:
+        lengths: tokens of each request.
+        pairs_per_token: pairs of query and key whose attention takes as long as everything else for a token.
+
+    >>> choose_scheme([100] * 64, 8, 4096.0), choose_scheme([5000, 4000, 300], 2, 4096.0)
+    ('whole', 'zigzag')
+    """
+    spans = {each: makespan(token_layout(lengths, sp, each), pairs_per_token) for each in AUTO}
+    best = min(spans.values())
+    return next(each for each in AUTO if spans[each] <= AS_GOOD * best)
+
+
+def makespan(layout: TokenLayout, pairs_per_token: float) -> float:
+    """What the slowest rank does, in pairs of query and key under a causal mask."""
+    lengths = np.asarray(layout.lengths)
+    seen = np.arange(1, layout.tokens + 1) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    area = (seen[layout.local_index.numpy()] * layout.valid.numpy()).sum(axis=1)
+    return float((area + pairs_per_token * np.asarray(layout.tokens_per_rank)).max())
 
 
 @dataclass(frozen=True, eq=False)

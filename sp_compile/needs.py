@@ -17,6 +17,7 @@ import torch
 from sp_compile.layout import TokenLayout
 
 FEWEST = 2  # rows: code is generated for any number from 2 on
+WORTH_IT = 0.9  # of the rows that an all-gather brings
 
 
 class Reach(NamedTuple):
@@ -68,6 +69,29 @@ def index_inputs(layout: TokenLayout, rank: int, reaches: Sequence[Reach], apart
             f"reach_valid_{i}": np.concatenate([layout.valid[rank].numpy(), real]),
         }
     return {name: torch.from_numpy(each) for name, each in found.items()}
+
+
+def received(layout: TokenLayout, reach: Reach, apart: bool) -> int:
+    """Rows that the rank which needs most receives."""
+    found = 0
+    for rank in range(layout.sp):
+        intervals = _intervals(layout, rank, reach, apart)  # in ascending order
+        begins = np.maximum(intervals[:, 0], np.append(0, np.maximum.accumulate(intervals[:-1, 1])))
+        seen = int(np.maximum(intervals[:, 1] - begins, 0).sum())
+        found = max(found, seen - layout.tokens_per_rank[rank])
+    return found
+
+
+def choose_strategies(layout: TokenLayout, reaches: Sequence[Reach], apart: bool) -> tuple[str, ...]:
+    """The strategy of ``shard_attention`` for each attention that brings the fewest rows to the rank that needs most.
+
+    An exchange of unequal parts has to be worth it.
+    """
+    if apart and whole_on_ranks(layout):
+        return ("local",) * len(reaches)
+    everything = (layout.sp - 1) * layout.shard_length
+    rows = {each: received(layout, each, apart) for each in {*reaches}}
+    return tuple("fetch" if rows[each] < WORTH_IT * everything else "allgather_kv" for each in reaches)
 
 
 def whole_on_ranks(layout: TokenLayout) -> bool:

@@ -53,6 +53,7 @@ class Program:
         outputs: ``full`` or ``sharded``.
         isolated: made for packed batches that the model itself would mix.
         counted: requests are apart, and ``position_ids`` count the tokens of each.
+        strategies: those of each attention that suit the batch, where the pipeline says ``auto``.
         cached: keys and values are kept for later calls (``first``), and those of earlier calls seen too: where they
             are (``more``), or of some requests where the new tokens are (``mixed``).
         cache_dtype: of kept keys and values; None for the model's own.
@@ -76,6 +77,7 @@ class Program:
     outputs: str = "full"
     isolated: bool = False
     counted: bool = False
+    strategies: tuple[str, ...] = ()
     cached: str = ""
     cache_dtype: torch.dtype | None = None
     kept: tuple[Window, ...] = ()

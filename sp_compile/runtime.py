@@ -42,8 +42,9 @@ from sp_compile.inputs import (
     with_cache,
     without_packed_positions,
 )
-from sp_compile.layout import TokenLayout, token_layout
+from sp_compile.layout import TokenLayout, choose_scheme, token_layout
 from sp_compile.mesh import Group
+from sp_compile.passes.shard_attention import ShardAttention
 from sp_compile.pipeline import Pass, PassStep, build_pipeline, run_pipeline
 from sp_compile.program import Program
 from sp_compile.report import Report
@@ -59,6 +60,8 @@ DYNAMO: dict[str, Any] = {
 
 
 ISOLATE = "isolate_requests"
+HIDDEN_SIZE = 4096  # where the model does not tell
+PAIRS_PER_FEATURE = 6  # 24 D^2 operations a token and layer around attention, 4 D a pair of query and key
 
 
 class _Explained(Exception):
@@ -150,7 +153,7 @@ class ParallelModule(nn.Module):
                     unmasked = {name: each for name, each in named.items() if name != "attention_mask"}
                     check_inputs(unmasked, self._device(named))
                     others = {key: each for key, each in kwargs.items() if key not in (*named, "past_key_values")}
-                    step, whole = cache.begin(named, self.compile_config.scheme)
+                    step, whole = cache.begin(named, self._scheme(named))
                     if step.promised and others.get("logits_to_keep"):
                         raise BatchError("logits_to_keep counts rows; pass a tensor of numbers of the new tokens")
                     if self._compares_inputs:
@@ -239,7 +242,7 @@ class ParallelModule(nn.Module):
             raise CacheError("the pipeline has no shard_cache; add it behind shard_attention to run with a cache")
         program = captured.program(self.group.size, self.group.name, kind.outputs)
         program.isolated, program.cached, program.cache_dtype = kind.isolated, kind.cached, kind.cache_dtype
-        program.counted = kind.counted
+        program.counted, program.strategies = kind.counted, kind.strategies
         program.hints = hints or {}
         program.compiled = self.compile_config.codegen == "inductor"
         steps = run_pipeline(program, self.pipeline, self.compile_config.verify_passes, trace)
@@ -267,7 +270,14 @@ class ParallelModule(nn.Module):
         named = named_tensors(self.module, self._signature, args, kwargs)
         check_inputs(named, self._device(named))
         lengths = request_lengths_of(named)
-        return named, token_layout(lengths, self.group.size, self.compile_config.scheme, min_shard_length=2)
+        return named, token_layout(lengths, self.group.size, self._scheme(named), min_shard_length=2)
+
+    def _scheme(self, named: Mapping[str, torch.Tensor]) -> str:
+        """The layout scheme of a batch."""
+        if self.compile_config.scheme != "auto":
+            return self.compile_config.scheme
+        hidden = getattr(getattr(self.module, "config", None), "hidden_size", HIDDEN_SIZE)
+        return choose_scheme(request_lengths_of(named), self.group.size, PAIRS_PER_FEATURE * hidden)
 
     def _refuse_training(self) -> None:
         if self.training:
@@ -281,8 +291,10 @@ class ParallelModule(nn.Module):
         tokens = token_input(named)[1]
         inputs = _index_inputs(layout, self.group.rank, tokens.device)
         step = Step(layout, inputs, self._promised(named, layout), outputs=self.compile_config.outputs)
-        reads_reach = any(getattr(each, "reads_reach", False) for each in self.pipeline)
-        return replace(step, counted=reads_reach and step.apart and positions_count(named))
+        strategies = [each for each in self.pipeline if isinstance(each, ShardAttention)]
+        counted = any(each.reads_reach for each in strategies) and step.apart and positions_count(named)
+        chooses = any(each.chooses for each in strategies) and self.group.size > 1
+        return replace(step, counted=counted, chooses=chooses)
 
     def _promised(self, named: Mapping[str, torch.Tensor], layout: TokenLayout) -> bool:
         """Whether the requests of the batch must be kept apart."""

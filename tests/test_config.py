@@ -58,7 +58,7 @@ def test_one_file_of_requests_is_a_list_of_one(write):
         ("", ["strict=maybe"], r"compile.strict: .*; expected true or false$"),
         ("", ["max_tokens=many"], r"requests.max_tokens: .*; expected a whole number or null$"),
         ("", ["sp=0"], r"sp=0 is too small; pass at least 1"),
-        ("", ["scheme=zigzig"], r"scheme='zigzig' is not known; pass one of contiguous, zigzag, whole, chunked"),
+        ("", ["scheme=zigzig"], r"scheme='zigzig' is not known; pass one of contiguous, zigzag, whole, chunked, auto"),
         ("", ["dtype=int8"], r"dtype='int8' is not known; pass one of float32"),
         ("", ["cache_dtype=int8"], r"cache_dtype='int8' is not known; pass one of None, float32"),
         ("", ["max_new_tokens=0"], r"max_new_tokens=0 is too small; pass at least 1"),
