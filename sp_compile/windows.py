@@ -25,7 +25,7 @@ aten = torch.ops.aten
 POSITIONS = "position_ids"
 
 SAME_ORDER = (ops.redistribute, aten.reshape.default, aten.view.default, aten.unsqueeze.default, aten.expand.default,
-              aten.squeeze.dim, aten.clone.default, aten._to_copy.default, aten.to.dtype)  # fmt: skip
+              aten.squeeze.dim, aten.select.int, aten.clone.default, aten._to_copy.default, aten.to.dtype)  # fmt: skip
 SWAPPED = {"le": "ge", "lt": "gt", "ge": "le", "gt": "lt"}
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import doctest
 import importlib
+from collections import Counter
 from itertools import chain
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sp_compile.errors import BatchError, ConfigError
-from sp_compile.layout import SCHEMES, TokenLayout, token_layout
+from sp_compile.layout import SCHEMES, TokenLayout, choose_scheme, chunk_size, token_layout
 
 LENGTHS = st.lists(st.integers(1, 300), min_size=1, max_size=20)
 RANKS = st.integers(1, 17)
@@ -60,8 +62,9 @@ def test_every_token_is_owned_by_exactly_one_rank(layout: TokenLayout):
 
 
 @properties
-@given(LAYOUTS)
-def test_a_rank_holds_its_blocks_of_every_request_in_batch_order(layout: TokenLayout):
+@given(LENGTHS, RANKS, st.sampled_from(["contiguous", "zigzag"]))
+def test_a_rank_holds_its_blocks_of_every_request_in_batch_order(lengths: list[int], sp: int, scheme: str):
+    layout = token_layout(lengths, sp, scheme)
     for rank in range(layout.sp):
         assert held(layout, rank) == list(chain(*runs(layout, rank)))
         assert layout.tokens_per_rank[rank] == len(held(layout, rank))
@@ -109,6 +112,60 @@ def test_zigzag_spreads_causal_attention_evenly_and_contiguous_does_not(length: 
     assert imbalance("contiguous") > 1.4
 
 
+@properties
+@given(LENGTHS, RANKS)
+def test_short_requests_are_whole_on_a_rank_and_long_ones_in_zigzag(lengths: list[int], sp: int):
+    layout, zigzag = token_layout(lengths, sp, "whole"), token_layout(lengths, sp, "zigzag")
+    areas, start = [each * (each + 1) // 2 for each in lengths], 0
+    for length, area in zip(lengths, areas, strict=True):
+        rows = {*range(start, start + length)}
+        parts = [rows & {*held(layout, rank)} for rank in range(sp)]
+        if area <= 0.5 * sum(areas) / sp:
+            assert [len(each) for each in parts if each] == [length]
+        else:
+            assert parts == [rows & {*held(zigzag, rank)} for rank in range(sp)]
+        start += length
+
+
+@properties
+@given(LENGTHS, RANKS)
+def test_chunks_are_spread_evenly_and_each_is_on_one_rank(lengths: list[int], sp: int):
+    layout = token_layout(lengths, sp, "chunked")
+    size = chunk_size(np.asarray(lengths), sp)
+    chunks = [
+        range(start + at, start + min(at + size, length))
+        for start, length in zip(np.cumsum([0, *lengths]).tolist(), lengths, strict=False)
+        for at in range(0, length, size)
+    ]
+    owner = {row: rank for rank in range(sp) for row in held(layout, rank)}
+    holders = [{owner[row] for row in chunk} for chunk in chunks]
+    assert all(len(each) == 1 for each in holders)
+    counts = Counter(rank for each in holders for rank in each)
+    assert max(counts.values()) <= -(-len(chunks) // sp)
+    assert all(held(layout, rank) == sorted(held(layout, rank)) for rank in range(sp))
+
+
+def mixes() -> dict[str, list[int]]:
+    """Requests like those that servers see: of all lengths, one long among short ones, and short ones."""
+    generator = np.random.default_rng(0)
+    return {
+        "of all lengths": np.exp(generator.uniform(np.log(128), np.log(16384), 8)).astype(int).tolist(),
+        "one long": [24576, *generator.integers(8, 260, 63).tolist()],
+        "short": generator.integers(8, 513, 64).tolist(),
+    }
+
+
+@pytest.mark.parametrize("mix", mixes())
+@pytest.mark.parametrize("pairs_per_token", [512.0, 4096.0, 24576.0])
+def test_the_chosen_scheme_balances_attention_and_tokens(mix: str, pairs_per_token: float):
+    lengths = mixes()[mix]
+    layout = token_layout(lengths, 8, choose_scheme(lengths, 8, pairs_per_token))
+    seen = np.concatenate([np.arange(1, length + 1) for length in lengths])
+    areas = [int(seen[held(layout, rank)].sum()) for rank in range(8)]
+    assert max(areas) <= 1.05 * np.mean(areas)
+    assert max(layout.tokens_per_rank) <= 1.25 * np.mean(layout.tokens_per_rank)
+
+
 def test_the_three_requests_of_the_docstring():
     layout = token_layout([5, 3, 1], sp=2, scheme="contiguous")
     assert drawn(layout) == ["a0 a1 a2 b0 b1 c0", "a3 a4 b2 . . ."]
@@ -149,7 +206,7 @@ def test_the_same_lengths_give_the_same_object():
         ([4, 3, -2], 2, "zigzag", BatchError, r"^request 2 has length -2;"),
         ([4], 0, "zigzag", ConfigError, r"^sp=0 ranks cannot hold a layout; pass sp >= 1$"),
         ([4], 2, "zigzack", ConfigError, r"^unknown layout scheme 'zigzack'; did you mean 'zigzag'\?$"),
-        ([4], 2, "ring", ConfigError, r"^unknown layout scheme 'ring'; known: contiguous, zigzag$"),
+        ([4], 2, "ring", ConfigError, r"^unknown layout scheme 'ring'; known: chunked, contiguous, whole, zigzag$"),
     ],
 )
 def test_mistakes_are_told(lengths: list[int], sp: int, scheme: str, error: type[Exception], message: str):

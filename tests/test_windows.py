@@ -10,7 +10,8 @@ import torch
 from torch.nn import functional as F
 
 from sp_compile import ops
-from sp_compile.windows import window_of
+from sp_compile.needs import Reach
+from sp_compile.windows import reach_of, window_of
 from tests.passes.graphs import after, embeds, qkv, repeated
 
 Mask = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -70,3 +71,49 @@ def test_rows_of_a_batch_have_one_window():
     program = after("propagate_placements", forward, {"inputs_embeds": torch.randn(3, 11, 32)})
     (node,) = ops.attention_nodes(program.graph)
     assert window_of(node, program.tokens) == 7
+
+
+def by_positions(self: Any, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+    q, k, v = qkv(inputs_embeds)
+    rows, keys = position_ids[0][:, None], position_ids[0][None, :]
+    seen = ((keys <= rows) & (keys > rows - 7))[None, None]
+    return F.scaled_dot_product_attention(q, repeated(k), repeated(v), attn_mask=seen)
+
+
+def by_both(self: Any, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+    """Rows of the whole batch against positions in a request: how far that is depends on where the request begins."""
+    q, k, v = qkv(inputs_embeds)
+    rows, keys = position_ids[0][:, None], torch.arange(inputs_embeds.shape[1])[None, :]
+    seen = ((keys <= rows) & (keys > rows - 7))[None, None]
+    return F.scaled_dot_product_attention(q, repeated(k), repeated(v), attn_mask=seen)
+
+
+@pytest.mark.parametrize(
+    ("forward", "counted", "reach"),
+    [
+        (by_positions, True, Reach(7, 0)),
+        (by_positions, False, Reach(None, None)),
+        (by_both, True, Reach(None, None)),
+    ],
+)
+def test_positions_tell_how_far_where_they_are_known_to_count(forward: Any, counted: bool, reach: Reach):
+    program = after("propagate_placements", forward, embeds(32) | {"position_ids": torch.arange(11)[None]})
+    (node,) = ops.attention_nodes(program.graph)
+    assert reach_of(node, program.tokens, counted) == reach
+
+
+@pytest.mark.parametrize(
+    ("mask", "reach"),
+    [
+        (lambda q, k: k <= q, Reach(None, 0)),
+        (lambda q, k: k < q, Reach(None, None)),  # a row that sees not even itself
+        (lambda q, k: (k <= q + 3) & (k > q - 7), Reach(7, 3)),
+        (lambda q, k: q - k >= 0, Reach(None, 0)),
+        (lambda q, k: (k - q).abs() < 4, Reach(None, None)),
+        (lambda q, k: (k <= q) | (k < 5), Reach(None, None)),
+    ],
+)
+def test_how_far_back_and_ahead(mask: Mask, reach: Reach):
+    program = after("propagate_placements", masked(mask), embeds(32))
+    (node,) = ops.attention_nodes(program.graph)
+    assert reach_of(node, program.tokens) == reach

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from sp_compile.errors import ConfigError
+from sp_compile.errors import ConfigError, StrategyError
 from sp_compile.layout import token_layout
+from sp_compile.needs import Reach
 from sp_compile.pipeline import build_pipeline
 from sp_compile.placements import describe
 from sp_compile.program import placement
@@ -83,3 +84,49 @@ def test_one_rank_keeps_its_keys():
 def test_an_unknown_strategy_is_refused_with_the_nearest():
     with pytest.raises(ConfigError, match=r"unknown attention strategy 'allgather'; did you mean 'allgather_kv'\?"):
         build_pipeline(attention="allgather")
+
+
+def local_and_global(self: Any, inputs_embeds: torch.Tensor) -> torch.Tensor:
+    """A layer of a window of 3, and one that sees all before."""
+    rows = torch.arange(inputs_embeds.shape[1])
+    causal = rows[None, :] <= rows[:, None]
+    near = causal & (rows[None, :] > rows[:, None] - 3)
+    return attention(inputs_embeds, near[None, None]) + attention(2 * inputs_embeds, causal[None, None])
+
+
+def keys_of(options: dict[str, Any], last: str = "shard_attention", **more: Any) -> list[str]:
+    program = after(last, local_and_global, embeds(32), options={"shard_attention": options}, **more)
+    for node in calls(program, "sp_compile.attention"):
+        k, v = node.args[1:3]
+        assert placement(k) == placement(v)
+        valid = node.args[-1].meta["index_input"]
+        assert valid == {"": "gathered", "local": "local"}.get(placement(k).of, placement(k).of[:-2]) + (
+            f"_valid{placement(k).of[-2:] if placement(k).of.startswith('reach') else ''}"
+        )
+    return [describe(placement(node.args[1])) for node in calls(program, "sp_compile.attention")]
+
+
+def test_what_is_fetched_is_what_the_rule_reaches():
+    assert keys_of({"strategy": "fetch"}) == ["Gathered(2, reach_0)", "Gathered(2, reach_1)"]
+    program = after("shard_attention", local_and_global, embeds(32), options={"shard_attention": {"strategy": "fetch"}})
+    assert program.reaches == [Reach(3, 0), Reach(None, 0)]
+    operands = {describe(placement(each)) for node in calls(program, "sp_compile.attention") for each in node.args[3]}
+    assert operands == {"Shard(0)", "Gathered(1, reach_0)", "Gathered(1, reach_1)"}
+
+
+def test_layers_may_have_strategies_of_their_own():
+    assert keys_of({"layers": {"0": "window"}}) == ["Gathered(2, reach_0)", "Gathered(2)"]
+    assert keys_of({"strategy": "local", "layers": {"1-1": "allgather_kv"}}) == ["Gathered(2, local)", "Gathered(2)"]
+    cached = {"cached": "first", "last": "shard_cache"}
+    assert keys_of({"strategy": "fetch"}, **cached) == ["Gathered(2)", "Gathered(2)"]  # new keys are shared out
+
+
+def test_a_strategy_that_does_not_apply_is_refused_with_those_that_do():
+    with pytest.raises(StrategyError, match=r"window at .*test_shard_attention.py:\d+.*fetch and allgather_kv apply"):
+        keys_of({"strategy": "window"})
+    with pytest.raises(StrategyError, match="layers name attention 2, and the model has 2"):
+        keys_of({"layers": {"0-2": "fetch"}})
+    with pytest.raises(ConfigError, match="layers='first' is no number"):
+        keys_of({"layers": {"first": "fetch"}})
+    with pytest.raises(ConfigError, match="unknown attention strategy 'windows'; did you mean 'window'"):
+        keys_of({"layers": {"0": "windows"}})

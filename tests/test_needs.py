@@ -1,0 +1,83 @@
+"""A rank receives every key that its queries can see and does not hold, once, from who holds it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sp_compile.layout import SCHEMES, TokenLayout, token_layout
+from sp_compile.needs import Reach, choose_strategies, fetched_rows, received, rows_of, whole_on_ranks
+
+LAYOUTS = st.builds(
+    token_layout,
+    st.lists(st.integers(1, 60), min_size=1, max_size=6),
+    st.integers(2, 5),
+    st.sampled_from(sorted(SCHEMES)),
+)
+REACHES = st.builds(Reach, st.sampled_from([None, 1, 2, 7, 50]), st.sampled_from([None, 0, 3]))
+
+
+def seen(layout: TokenLayout, rank: int, reach: Reach, apart: bool) -> set[int]:
+    """Rows that some query of a rank sees, looked at one by one."""
+    request = np.repeat(np.arange(len(layout.lengths)), layout.lengths)
+    found = set()
+    for query in rows_of(layout, rank).tolist():
+        first = 0 if reach.back is None else query - reach.back + 1
+        last = layout.tokens - 1 if reach.ahead is None else query + reach.ahead
+        for key in range(max(first, 0), min(last, layout.tokens - 1) + 1):
+            if not apart or request[key] == request[query]:
+                found.add(key)
+    return found
+
+
+@settings(max_examples=150, deadline=None)
+@given(LAYOUTS, REACHES, st.booleans())
+def test_ranks_receive_what_they_need_from_who_holds_it(layout: TokenLayout, reach: Reach, apart: bool):
+    plans = [fetched_rows(layout, rank, reach, apart) for rank in range(layout.sp)]
+    most = 0
+    for rank, (_, counts, rows) in enumerate(plans):
+        holds = {*rows_of(layout, rank).tolist()}
+        needed = seen(layout, rank, reach, apart) - holds
+        # whole intervals between the rows of a run are fetched: no more than what lies between its ends
+        assert needed <= {*rows.tolist()}
+        assert len({*rows.tolist()}) == len(rows)
+        assert not holds & {*rows.tolist()}
+        if reach.back is None or reach.ahead is not None:
+            assert {*rows.tolist()} == needed
+        most = max(most, len(rows))
+        came = np.split(rows, np.cumsum(counts[1])[:-1])
+        for other, part in enumerate(came):
+            sent, theirs, _ = plans[other]
+            start = int(theirs[0][:rank].sum())
+            local = sent[start : start + int(theirs[0][rank])]
+            assert part.tolist() == rows_of(layout, other)[local].tolist()
+    assert received(layout, reach, apart) == most
+
+
+def test_what_is_exchanged_of_known_batches():
+    """One causal sequence needs half of an all-gather where it is cut once, and three quarters in zigzag."""
+    everything = 7 * 8192
+    for scheme, share in (("contiguous", 0.5), ("zigzag", 0.75)):
+        layout = token_layout([8192], 8, scheme)
+        plans = [fetched_rows(layout, rank, Reach(None, 0), True)[2] for rank in range(8)]
+        assert sum(map(len, plans)) == pytest.approx(share * everything, rel=0.01)
+        halo = [len(fetched_rows(layout, rank, Reach(128, 0), True)[2]) for rank in range(8)]
+        assert max(halo) == (127 if scheme == "contiguous" else 2 * 127)
+    lengths = np.random.default_rng(0).integers(8, 513, 64).tolist()
+    layout = token_layout(lengths, 8, "whole")
+    assert whole_on_ranks(layout)
+    assert all(len(fetched_rows(layout, rank, Reach(None, None), True)[2]) == 0 for rank in range(8))
+    assert not whole_on_ranks(token_layout(lengths, 8, "zigzag"))
+
+
+def test_strategies_by_what_they_bring():
+    long, window, everything = Reach(None, 0), Reach(64, 0), Reach(None, None)
+    zigzag = token_layout([8192], 8, "zigzag")  # the rank with the last block needs nearly all
+    assert choose_strategies(zigzag, [window, long, window], True) == ("fetch", "allgather_kv", "fetch")
+    short = token_layout([100] * 16, 8, "whole")
+    assert choose_strategies(short, [long, everything], True) == ("local", "local")
+    assert choose_strategies(short, [everything], False) == ("allgather_kv",)
+    mixed = token_layout([4000, *[100] * 40], 8, "whole")
+    assert choose_strategies(mixed, [long], True) == ("fetch",)
