@@ -73,20 +73,27 @@ class Extension:
         """
         if not self.pasts.any():
             return "first", {}
-        counts = np.bincount(self.request, minlength=len(self.requests))
-        fetched = [np.zeros(len(counts), dtype=bool)] * len(storages)
-        if self.ledger.sp > 1 and query_bytes:
-            fetched = [
-                fetches(counts, self.pasts, query_bytes[each.window], each.token_bytes, each.window)
-                for each in storages
-            ]
-        found: dict[str, np.ndarray] = {}
-        if not any(each.any() for each in fetched):
+        fetched = self._fetched(storages, query_bytes)
+        if fetched is None:
             queries = self.layout.valid.numpy(), self.request[self.layout.local_index.numpy()]
             return "more", {f"held_runs_{i}": crossed(*queries, run) for i, run in enumerate(runs)}
+        found: dict[str, np.ndarray] = {}
         for i, held in enumerate(storages):
             found |= self.index_inputs(i, held.window, fetched[i], runs[i])
         return "mixed", found
+
+    def _fetched(self, storages: Sequence[Storage], query_bytes: Mapping[Window, int]) -> list[np.ndarray] | None:
+        """From :func:`fetches`, of each window; None where no earlier keys go, or too few to be worth it."""
+        counts = np.bincount(self.request, minlength=len(self.requests))
+        if self.ledger.sp == 1 or not query_bytes or counts.max() == 1:
+            return None
+        found, saved = [], 0
+        for held in storages:
+            query, key = query_bytes[held.window], held.token_bytes
+            found.append(fetches(counts, self.pasts, query, key, held.window))
+            seen = self.pasts - _unseen(self.pasts, held.window)
+            saved += int((counts * query - seen * key)[found[-1]].sum()) - self.ledger.sp * FEWEST * (query + key)
+        return found if saved > 0 else None
 
     def index_inputs(self, shelf: int, window: Window, fetched: np.ndarray, runs: np.ndarray) -> dict[str, np.ndarray]:
         """What a ``mixed`` program needs to know for the layers of a window.

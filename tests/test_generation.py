@@ -53,7 +53,7 @@ def greedy(name: str, lengths: tuple[int, ...], new: int, budgets: tuple[int, ..
     return worst
 
 
-FAST = ["mistral", "gemma3_text", "deepseek_v3"]
+FAST = ["gemma3_text"]
 SLOW = [pytest.param(each, marks=pytest.mark.slow) for each in MODELS if each not in FAST]
 
 

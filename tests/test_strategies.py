@@ -1,0 +1,114 @@
+"""Every strategy gives what the unsharded model gives, and moves as many bytes as it should."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import sp_compile
+from sp_compile.errors import StrategyError
+from sp_compile.needs import Reach, fetched_rows
+from tests.attention_kinds import KINDS
+from tests.models import llama
+from tests.test_attention import check
+from tests.test_attention import run as run_kind
+from tests.test_cache import error
+from tests.zoo.models import build
+
+MIXES = [[40], [30, 1, 1, 50], [9, 9, 8, 8, 7, 7], [5, 17]]
+ROW = 2 * 2 * 8 * 4  # keys and values, kv heads, head dim, bytes of fp32
+
+
+def requests(lengths: list[int]) -> sp_compile.PackedBatch:
+    generator = torch.Generator().manual_seed(sum(lengths))
+    return sp_compile.pack([torch.randint(3, 100, (each,), generator=generator) for each in lengths])
+
+
+def ran(name: str, mixes: list[list[int]], **options: Any) -> list[tuple[float, list[tuple[str, int]], int, Any]]:
+    """For each mix: error, what crosses for attention, compilations so far, and the layout."""
+    model, found = llama() if name == "llama" else build(name), []
+    parallel = sp_compile.parallelize(model, **{"codegen": "eager", **options})
+    for lengths in mixes:
+        batch = requests(lengths)
+        with torch.no_grad():
+            logits = batch.split(parallel(**batch, use_cache=False).logits)
+            alone = [model(each, use_cache=False).logits for each in batch.split(batch["input_ids"])]
+        worst = max(error(*pair) for pair in zip(logits, alone, strict=True))
+        crossing = [(each.kind, each.bytes_sent) for each in parallel.report().collectives][:-1]  # but the logits
+        found.append((worst, crossing, parallel.compiles, parallel.layout))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("sp", "scheme"), [(2, "zigzag"), (3, "whole"), pytest.param(4, "chunked", marks=pytest.mark.slow)]
+)
+def test_a_rank_fetches_what_its_queries_see(ranks, sp: int, scheme: str):
+    for rank, each in enumerate(ranks(sp).run(ran, "llama", MIXES, attention="fetch", scheme=scheme)):
+        for worst, crossing, compiles, layout in each:
+            assert worst <= 1e-5
+            sent = len(fetched_rows(layout, rank, Reach(None, 0), True)[0])
+            assert crossing == [("exchange", sent * ROW)] * 2
+            assert compiles == 1
+
+
+def test_generated_code_serves_all_mixes(ranks):
+    for each in ranks(2).run(ran, "llama", MIXES, attention="fetch", timeout=900):
+        assert max(worst for worst, *_ in each) <= 1e-5
+        assert {compiles for _, _, compiles, _ in each} == {1}
+
+
+def test_the_best_for_each_batch_and_layer(ranks):
+    """Local and global layers: which moves what depends on the batch."""
+    first, _ = ranks(2).run(ran, "gemma3_text", MIXES, attention="auto", scheme="auto")
+    assert max(worst for worst, *_ in first) <= 1e-5
+    kinds = [[kind for kind, _ in crossing] for _, crossing, _, _ in first]
+    assert kinds[2] == []  # short requests, each whole on a rank
+    assert kinds[1] == ["exchange", "all_gather"]  # the window's halo
+    assert [layout.scheme for *_, layout in first][2] == "whole"
+
+
+def refused() -> dict[str, str]:
+    found = {}
+    for name, options in {"window": {"attention": "window"}, "local": {"attention": "local"}}.items():
+        parallel = sp_compile.parallelize(llama(num_hidden_layers=1), codegen="eager", **options)
+        with torch.no_grad(), pytest.raises(StrategyError) as caught:
+            parallel(**requests([30, 20]), use_cache=False)
+        found[name] = str(caught.value)
+    return found
+
+
+def test_what_does_not_apply_is_refused_with_what_would(ranks):
+    for found in ranks(2).run(refused):
+        assert "sets no bound on how far back a query sees; fetch and allgather_kv apply" in found["window"]
+        assert "use scheme='whole' and short requests from pack, or attention='fetch'" in found["local"]
+
+
+def test_a_cache_shares_new_keys_out_whatever_the_strategy(ranks):
+    for worst in ranks(2).run(with_cache):
+        assert worst <= 1e-5
+
+
+def with_cache() -> float:
+    model = llama(num_hidden_layers=1)
+    parallel = sp_compile.parallelize(model, codegen="eager", attention="auto", scheme="auto")
+    cache, ids, worst = sp_compile.ShardedCache(parallel), requests([40])["input_ids"], 0.0
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        for start, end in ((0, 30), (30, 31), (31, 40)):
+            found = parallel(input_ids=ids[:, start:end], past_key_values=cache).logits
+            worst = max(worst, error(found, expected[:, start:end]))
+    return worst
+
+
+FAST = ["window", "packed", "MLA"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", [pytest.param(each, marks=[] if each in FAST else pytest.mark.slow) for each in KINDS])
+def test_fetched_keys_serve_every_kind_of_attention(ranks, kind: str, dtype: torch.dtype):
+    forms = KINDS[kind].forms[:1]
+    for errors, fallbacks, _ in ranks(3).run(run_kind, kind, dtype, forms, attention="fetch"):
+        check(errors, dtype)
+        assert not fallbacks
