@@ -36,7 +36,7 @@ def kept(step: Step, values: torch.Tensor, window: int = WINDOW) -> Kept:
     """What a forward gives back: ``values`` ``[rows, tokens]`` of the new tokens as all ranks gathered them."""
     gathered = values[:, step.layout.local_index.reshape(-1)]
     rows = gathered[:, step.index_inputs["kept_rows"]][:, None, :, None]
-    return Kept([rows, -rows, rows, -rows], [None, None, window, window])
+    return Kept([rows, -rows, rows, -rows], [None, None, window, window], {None: 40, window: 40})
 
 
 def held(cache: Any, shelf: int) -> dict[int, list[float]]:
