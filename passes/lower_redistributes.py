@@ -19,7 +19,8 @@ After::
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import getitem
 from typing import Any
@@ -33,6 +34,7 @@ from sp_compile.pipeline import Pass
 from sp_compile.placements import (
     LOCAL_ROWS,
     Gathered,
+    Heads,
     Held,
     Kept,
     Partial,
@@ -115,6 +117,41 @@ class _Builder:
         gathered = self.call(c10d.all_gather_into_tensor.default, dense, self.program.sp, self.program.group_name)
         return self.call(c10d.wait_tensor.default, gathered)
 
+    def constant(self, lists: Sequence[Sequence[int]]) -> fx.Node:
+        """Numbers of heads as a tensor."""
+        value = torch.tensor(lists, device=self.origin.meta["val"].device)
+        name = f"heads_{hashlib.sha256(str(lists).encode()).hexdigest()[:8]}"
+        if not hasattr(self.program.gm, name):
+            self.program.gm.register_buffer(name, value, persistent=False)
+        node = self.program.graph.get_attr(name)
+        node.meta["val"] = value
+        return node
+
+    def to_heads(self, source: fx.Node, lists: Sequence[Sequence[int]]) -> fx.Node:
+        """The rank's heads of everyone's rows, ``[batch, heads, sp * rows, dim]``, from all heads of the rank's."""
+        sp, own = len(lists), len(lists[0])
+        sent = [head for each in lists for head in each]
+        if sent != [*range(int(shape_of(source)[1]))]:
+            flat = self.call(aten.flatten.using_ints, self.constant(lists))
+            source = self.call(aten.index_select.default, source, 1, flat)
+        parts = self.call(aten.unflatten.int, source, 1, [sp, own])
+        ranks_first = self.call(aten.permute.default, parts, [1, 3, 0, 2, 4])  # rank, row, batch, head, dim
+        rows = self.call(aten.flatten.using_ints, ranks_first, 0, 1)
+        return self.call(aten.permute.default, self.all_to_all(rows, "local_index"), [1, 2, 0, 3])
+
+    def from_heads(self, source: fx.Node, lists: Sequence[Sequence[int]]) -> fx.Node:
+        """All heads of the rank's rows; a log-sum-exp has no last dim."""
+        sp, heads = len(lists), 1 + max(head for each in lists for head in each)
+        scalar = len(shape_of(source)) == 3
+        value = self.call(aten.unsqueeze.default, source, -1) if scalar else source
+        rows = self.all_to_all(self.call(aten.permute.default, value, [2, 0, 1, 3]), "local_index")
+        parts = self.call(aten.unflatten.int, rows, 0, [sp, -1])  # rank, row, batch, head, dim
+        together = self.call(aten.permute.default, parts, [2, 0, 3, 1, 4])
+        value = self.call(aten.flatten.using_ints, together, 1, 2)
+        if sum(map(len, lists)) != heads:
+            value = self.call(aten.slice.Tensor, value, 1, 0, heads)
+        return self.call(aten.squeeze.dim, value, -1) if scalar else value
+
     def all_to_all(self, rows: fx.Node, picked: str) -> fx.Node:
         """The r-th part of every rank's rows on rank r, stacked; ``picked`` is the index input with its rows."""
         dense = self._dense(rows)
@@ -165,6 +202,15 @@ def _redistribute(build: _Builder, node: fx.Node) -> fx.Node:
         case Picked(), Gathered():
             rows, dim = build.rows_first(source, Shard(held.dim))
             return build.rows_back(build.all_gather(rows), Shard(held.dim), dim)
+        case Shard(dim=2, order="", rows=0), Heads():
+            return build.to_heads(source, wanted.lists)
+        case Heads(), Shard():
+            return build.from_heads(source, held.lists)
+        case Replicate() | Gathered(), Heads():
+            rank = build.call(aten.reshape.default, build.index("rank"), [1])
+            own = build.call(aten.index_select.default, build.constant(wanted.lists), 0, rank)
+            own = build.call(aten.flatten.using_ints, own)
+            return build.call(aten.index_select.default, source, wanted.dim, own)
         case Replicate(), Gathered():
             return build.call(aten.index_select.default, source, wanted.dim, build.index(gathered_index(wanted)))
         case Replicate(), Held():

@@ -28,7 +28,7 @@ from sp_compile.errors import ConfigError, KernelError, nearest
 from sp_compile.invariants import KEYS_PADDED, PLANNED, RAISED
 from sp_compile.kernels.choice import KERNELS, Need, choose
 from sp_compile.pipeline import Pass
-from sp_compile.placements import REPLICATE, Gathered, Held, RankLocal
+from sp_compile.placements import REPLICATE, Gathered, Heads, Held, RankLocal
 from sp_compile.program import Program, gathered_index, placement, source_line
 from sp_compile.score_rule import assigns
 from sp_compile.symbols import shape_of
@@ -109,7 +109,7 @@ def _per_head(operand: fx.Node) -> bool:
 
 def _plan(program: Program, node: fx.Node, args: ops.AttentionArgs) -> fx.Node:
     queries, keys = placement(args.q), placement(args.k)
-    names = [gathered_index(queries) if isinstance(queries, Gathered) else "local_index"]
+    names = [gathered_index(queries) if isinstance(queries, Gathered | Heads) else "local_index"]
     names.append(f"held_index_{keys.shelf}" if isinstance(keys, Held) else gathered_index(keys))
     if isinstance(keys, Held) and args.kernel == "tiles":
         names.append(f"held_runs_{keys.shelf}")

@@ -11,6 +11,8 @@ Strategies, for all attentions or some of them:
   apart. Source: the group-cast of MagiAttention.
 * ``window``: the same, for layers with a sliding window only; what is fetched is the halo.
 * ``local``: nothing is exchanged, since every request lies whole on one rank.
+* ``ulysses``: heads are spread over the ranks instead of tokens, by all-to-all, and outputs come back. Any number of
+  heads will do, see :mod:`sp_compile.heads`. Source: DeepSpeed Ulysses (arXiv:2309.14509).
 * ``auto``: for each batch and attention that of the others which brings the fewest rows to the rank that needs most.
 
 Padding is masked by ``valid``. With a cache, new keys and values go to everyone, who share them out.
@@ -36,14 +38,18 @@ from torch import fx
 
 from sp_compile import ops
 from sp_compile.errors import ConfigError, StrategyError, nearest
+from sp_compile.heads import head_lists
+from sp_compile.integers import of_all_rows
 from sp_compile.invariants import KEYS_PADDED, PLACED, RAISED
 from sp_compile.pipeline import Pass
-from sp_compile.placements import LOCAL_ROWS, Gathered, Placement, QueriesByKeys, Shard
+from sp_compile.placements import LOCAL_ROWS, Gathered, Heads, Placement, QueriesByKeys, Shard
 from sp_compile.program import Program, gathered_valid, moved, placement, source_line
+from sp_compile.rules import NoRule
+from sp_compile.rules.attention import of_heads
 from sp_compile.symbols import shape_of
 from sp_compile.windows import reach_of
 
-STRATEGIES = ("allgather_kv", "fetch", "window", "local", "auto")
+STRATEGIES = ("allgather_kv", "fetch", "window", "local", "ulysses", "auto")
 
 
 @dataclass(frozen=True)
@@ -78,9 +84,13 @@ class ShardAttention(Pass):
         if not program.parallel:
             return
         made: dict[tuple[fx.Node, Placement], fx.Node] = {}
+        known: dict[fx.Node, fx.Node] = {}
         attentions = ops.attention_nodes(program.graph)
         for node, strategy in zip(attentions, self._chosen(program, len(attentions)), strict=True):
-            _shard(program, node, _keys(program, node, "allgather_kv" if program.cached else strategy), made)
+            if strategy == "ulysses" and not program.cached:
+                _spread_heads(program, node, made, known)
+            else:
+                _shard(program, node, _keys(program, node, "allgather_kv" if program.cached else strategy), made)
         program.remove_dead_code()
 
     @property
@@ -145,6 +155,42 @@ def _shard(program: Program, node: fx.Node, keys: Gathered, made: dict[tuple[fx.
     operands = [ordered(each) for each in args.operands]
     valid = program.index_input(gathered_valid(keys))
     node.args = tuple(args._replace(k=k, v=v, operands=operands, valid=valid))
+
+
+def _spread_heads(
+    program: Program,
+    node: fx.Node,
+    made: dict[tuple[fx.Node, Placement], fx.Node],
+    known: dict[fx.Node, fx.Node],
+) -> None:
+    args = ops.AttentionArgs(*node.args)
+    lists = head_lists(int(shape_of(args.q)[1]), int(shape_of(args.k)[1]), program.sp)
+    queries = Heads(1, lists.queries)
+    q = moved(program, args.q, queries, node, made)
+    k, v = (moved(program, _unmoved(each), Heads(1, lists.keys), node, made) for each in (args.k, args.v))
+    operands, tables = [], []
+    for each in args.operands:
+        try:
+            steps = of_heads(each, args.q, args.k, queries)
+        except NoRule as reason:
+            raise StrategyError(
+                f"strategy ulysses at {source_line(node) or 'no source line'}: the mask or bias is no rule over "
+                f"vectors ({reason}); fetch and allgather_kv apply"
+            ) from None
+        whole = of_all_rows(program, each, node, known) or _unmoved(each)
+        for placed in steps:
+            whole = moved(program, whole, placed, node, made)
+        operands.append(whole)
+    for each in args.tables:
+        per_head = shape_of(each)[0] != 1
+        tables.append(moved(program, each, Heads(0, lists.queries), node, made) if per_head else each)
+    valid = program.index_input("gathered_valid")
+    node.args = tuple(args._replace(q=q, k=k, v=v, operands=operands, tables=tables, valid=valid))
+    node.meta["placement"] = (queries, queries)
+    for part in node.users:
+        part.meta["placement"] = queries
+        back = moved(program, part, Shard(2), part.next, made)
+        part.replace_all_uses_with(back, delete_user_cb=lambda user, back=back: user is not back)
 
 
 def _unmoved(node: fx.Node) -> fx.Node:

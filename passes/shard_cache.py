@@ -45,11 +45,11 @@ from torch import fx
 
 from sp_compile import ops
 from sp_compile.errors import CacheError
+from sp_compile.integers import of_all_rows
 from sp_compile.invariants import CACHE_SEEN, KEYS_PADDED
 from sp_compile.ledger import Window
 from sp_compile.pipeline import Pass
 from sp_compile.placements import (
-    REPLICATE,
     Gathered,
     Held,
     Kept,
@@ -210,7 +210,7 @@ class _Cache:
         source = _source(operand)
         match placement(operand):
             case Shard(dim=dim):
-                whole = self._whole(operand, before)
+                whole = of_all_rows(self.program, operand, before, self.whole)
                 return self._for_everyone(source if whole is None else whole, dim, picked, before)
             case Gathered(dim=dim):
                 self._check_known(attention, source)
@@ -218,23 +218,6 @@ class _Cache:
             case Replicate():
                 return operand
         return self._refuse(attention, source)
-
-    def _whole(self, node: fx.Node, before: fx.Node) -> fx.Node | None:
-        """Integers of all tokens, where they come from what is known of all; None for activations."""
-        if isinstance(placement(node), Replicate):
-            return node
-        if node.target is ops.redistribute:
-            return self._whole(node.all_input_nodes[0], before)
-        if node.op != "call_function" or not is_tensor(node) or is_float(node):
-            return None
-        if node not in self.whole:
-            inputs = {each: self._whole(each, before) if is_tensor(each) else each for each in node.all_input_nodes}
-            if None in inputs.values():
-                return None
-            with self.program.graph.inserting_before(before):
-                self.whole[node] = self.program.graph.node_copy(node, lambda each: inputs[each] or each)
-            self.whole[node].meta["placement"] = REPLICATE
-        return self.whole[node]
 
     def _check_known(self, attention: fx.Node, source: fx.Node) -> None:
         """Check that what masks keys is known of earlier ones."""

@@ -13,6 +13,7 @@ from sp_compile import ops
 from sp_compile.placements import (
     REPLICATE,
     Gathered,
+    Heads,
     Held,
     Kept,
     Picked,
@@ -159,7 +160,7 @@ def _keys_in_padded_order(program: Program) -> None:
         return
     for node in ops.attention_nodes(program.graph):
         for key in node.args[1:3]:
-            if not isinstance(placement(key), Gathered | Held):
+            if not isinstance(placement(key), Gathered | Heads | Held):
                 raise Violation(node, f"%{key.name} as Gathered(2)", describe(placement(key)))
 
 

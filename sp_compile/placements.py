@@ -75,6 +75,20 @@ class Picked:
 
 
 @dataclass(frozen=True)
+class Heads:
+    """The rank's own heads along ``dim``, and all rows in padded SP order along what dim they have.
+
+    ``lists`` are the heads of every rank, as many for each.
+    """
+
+    dim: int
+    lists: tuple[tuple[int, ...], ...]
+
+    def __str__(self) -> str:
+        return f"Heads({self.dim}, {len(self.lists[0])} a rank)"
+
+
+@dataclass(frozen=True)
 class Held:
     """What the rank holds of a cache along ``dim``, slot by slot; for a value of the batch's rows, those rows of it.
 
@@ -127,7 +141,7 @@ class RankLocal:
         return f"RankLocal(by {self.source})"
 
 
-Placement = Replicate | Shard | Gathered | Picked | Held | Kept | QueriesByKeys | RankLocal | Partial
+Placement = Replicate | Shard | Gathered | Picked | Heads | Held | Kept | QueriesByKeys | RankLocal | Partial
 REPLICATE = Replicate()
 LOCAL_ROWS = "local"
 

@@ -7,7 +7,17 @@ from dataclasses import replace
 from torch import fx
 
 from sp_compile import ops
-from sp_compile.placements import REPLICATE, Gathered, Held, Picked, Placement, QueriesByKeys, RankLocal, Shard
+from sp_compile.placements import (
+    REPLICATE,
+    Gathered,
+    Heads,
+    Held,
+    Picked,
+    Placement,
+    QueriesByKeys,
+    RankLocal,
+    Shard,
+)
 from sp_compile.rules.base import Call, NoRule, Outcome, rank_of
 from sp_compile.symbols import shape_of
 
@@ -16,6 +26,8 @@ def attention(call: Call) -> Outcome:
     """Queries sharded along their token dim; keys, values and what masks them whole, in one order for all."""
     q, k, v, operands, *_ = ops.AttentionArgs(*call.node.args)
     keys_held = call.placed.get(k)
+    if isinstance(keys_held, Heads):
+        return _over_heads(call, keys_held)
     if isinstance(keys_held, Held):
         return _over_held_keys(call, keys_held.shelf)
     keys: Placement = keys_held if isinstance(keys_held, Gathered) else REPLICATE
@@ -47,6 +59,42 @@ def _over_held_keys(call: Call, shelf: int) -> Outcome:
             per_query = rank >= 2 and sizes[-2] == shape_of(q)[2]
             needs[operand] = replace(queries, dim=rank - 2) if per_query else REPLICATE
     return Outcome((queries, queries), needs)
+
+
+def _over_heads(call: Call, keys: Heads) -> Outcome:
+    """The rank's heads, of everyone's queries and keys."""
+    q, k, v, operands, tables, *_ = ops.AttentionArgs(*call.node.args)
+    queries = call.placed.get(q)
+    if not isinstance(queries, Heads):
+        raise NoRule("keys of a rank's heads, and queries of all")
+    needs: dict[fx.Node, Placement] = {q: queries, k: keys, v: keys}
+    for operand in operands:
+        assert isinstance(operand, fx.Node)
+        needs[operand] = of_heads(operand, q, k, queries)[-1]
+    for table in tables:
+        needs[table] = Heads(0, queries.lists) if shape_of(table)[0] != 1 else REPLICATE
+    out = Heads(1, queries.lists)
+    return Outcome((out, out), needs)
+
+
+def of_heads(operand: fx.Node, q: fx.Node, k: fx.Node, queries: Heads) -> list[Placement]:
+    """How what masks or changes scores comes to be placed for an attention over a rank's heads: rows, then heads.
+
+    Raises:
+        NoRule: it has a value for every query and key.
+    """
+    rank, sizes = rank_of(operand), shape_of(operand)
+    per_query = rank >= 2 and sizes[-2] == shape_of(q)[2]
+    per_key = rank >= 1 and sizes[-1] == shape_of(k)[2]
+    per_head = rank >= 3 and sizes[-3] != 1
+    if per_query and per_key:
+        raise NoRule(f"%{operand.name} has a value for every query and key")
+    found: list[Placement] = []
+    if per_query or per_key:
+        found.append(Gathered(rank - 1 if per_key else rank - 2))
+    if per_head:
+        found.append(Heads(rank - 3, queries.lists))
+    return found or [REPLICATE]
 
 
 def _gathered(call: Call, node: fx.Node) -> Gathered:
