@@ -44,8 +44,7 @@ from sp_compile.invariants import KEYS_PADDED, PLACED, RAISED
 from sp_compile.pipeline import Pass
 from sp_compile.placements import LOCAL_ROWS, Gathered, Heads, Placement, QueriesByKeys, Shard
 from sp_compile.program import Program, gathered_valid, moved, placement, source_line
-from sp_compile.rules import NoRule
-from sp_compile.rules.attention import of_heads
+from sp_compile.rules.attention import is_vector, of_heads
 from sp_compile.symbols import shape_of
 from sp_compile.windows import reach_of
 
@@ -170,15 +169,13 @@ def _spread_heads(
     k, v = (moved(program, _unmoved(each), Heads(1, lists.keys), node, made) for each in (args.k, args.v))
     operands, tables = [], []
     for each in args.operands:
-        try:
-            steps = of_heads(each, args.q, args.k, queries)
-        except NoRule as reason:
+        if not is_vector(each, args):
             raise StrategyError(
-                f"strategy ulysses at {source_line(node) or 'no source line'}: the mask or bias is no rule over "
-                f"vectors ({reason}); fetch and allgather_kv apply"
-            ) from None
+                f"strategy ulysses at {source_line(node) or 'no source line'}: %{each.name} has a value for every "
+                "query and key, which ranks have of their own rows only; fetch and allgather_kv apply"
+            )
         whole = of_all_rows(program, each, node, known) or _unmoved(each)
-        for placed in steps:
+        for placed in of_heads(each, args, queries):
             whole = moved(program, whole, placed, node, made)
         operands.append(whole)
     for each in args.tables:

@@ -9,18 +9,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from sp_compile import needs
+from sp_compile import needs, ops
 from sp_compile.codegen import LocalProgram
 from sp_compile.errors import CacheError, StrategyError
 from sp_compile.isolation import Isolation, find_isolation
 from sp_compile.layout import TokenLayout
 from sp_compile.ledger import Window
 from sp_compile.masks import attention_rows
-from sp_compile.ops import attention_nodes
 from sp_compile.pipeline import PassStep, build_pipeline, run_pipeline
 from sp_compile.program import Program
 from sp_compile.report import Report, make_report
 from sp_compile.requests import request_inputs
+from sp_compile.rules.attention import is_vector
+from sp_compile.symbols import shape_of
 from sp_compile.windows import reach_of
 
 
@@ -177,10 +178,18 @@ class Analysis:
     program: Program
     apart: set[tuple[tuple[int, ...], bool]] = field(default_factory=set)
 
-    def reaches(self, counted: bool) -> list[needs.Reach]:
-        """How far the queries of each attention see; see :func:`~sp_compile.windows.reach_of`."""
-        nodes = attention_nodes(self.program.graph)
-        return [reach_of(node, self.program.tokens, counted) for node in nodes]
+    def attentions(self, counted: bool) -> list[needs.Attention]:
+        """What decides by which strategies the attentions run.
+
+        Args:
+            counted: as in :class:`~sp_compile.program.Program`.
+        """
+        found = []
+        for node in ops.attention_nodes(self.program.graph):
+            args, reach = ops.AttentionArgs(*node.args), reach_of(node, self.program.tokens, counted)
+            heads, kv_heads = (int(shape_of(each)[1]) for each in (args.q, args.k))
+            found.append(needs.Attention(reach, heads, kv_heads, all(is_vector(each, args) for each in args.operands)))
+        return found
 
 
 class Compiled:
@@ -270,8 +279,8 @@ class Compiled:
     def _prepared(self, step: Step) -> tuple[Variant, Step]:
         """The program for a step, and the step with all that it needs."""
         if step.chooses and not step.cached:
-            reaches = self._analysis(step.isolated).reaches(step.counted)
-            step = replace(step, strategies=needs.choose_strategies(step.layout, reaches, step.apart))
+            attentions = self._analysis(step.isolated).attentions(step.counted)
+            step = replace(step, strategies=needs.choose_strategies(step.layout, attentions, step.apart))
         variant = self.variant(step.kind)
         return variant, variant.completed(step)
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from sp_compile.heads import head_lists
 from sp_compile.layout import TokenLayout
 
 FEWEST = 2  # rows: code is generated for any number from 2 on
@@ -82,16 +83,39 @@ def received(layout: TokenLayout, reach: Reach, apart: bool) -> int:
     return found
 
 
-def choose_strategies(layout: TokenLayout, reaches: Sequence[Reach], apart: bool) -> tuple[str, ...]:
-    """The strategy of ``shard_attention`` for each attention that brings the fewest rows to the rank that needs most.
+class Attention(NamedTuple):
+    """What decides by which strategy an attention runs.
 
-    An exchange of unequal parts has to be worth it.
+    Attributes:
+        reach: how far queries see.
+        heads, kv_heads: how many there are.
+        by_rule: masks and biases are rules over vectors, of which ranks can have those of some heads.
+    """
+
+    reach: Reach
+    heads: int
+    kv_heads: int
+    by_rule: bool = True
+
+
+def choose_strategies(layout: TokenLayout, attentions: Sequence[Attention], apart: bool) -> tuple[str, ...]:
+    """The strategy of ``shard_attention`` for each attention that brings least to the rank that needs most.
+
+    What is counted are heads of rows, a key and its value or a query and its output. Other strategies than an
+    all-gather have to be worth it, and heads are spread evenly or not at all.
     """
     if apart and whole_on_ranks(layout):
-        return ("local",) * len(reaches)
-    everything = (layout.sp - 1) * layout.shard_length
-    rows = {each: received(layout, each, apart) for each in {*reaches}}
-    return tuple("fetch" if rows[each] < WORTH_IT * everything else "allgather_kv" for each in reaches)
+        return ("local",) * len(attentions)
+    others = (layout.sp - 1) * layout.shard_length
+    rows = {each: received(layout, each, apart) for each in {each.reach for each in attentions}}
+    found = []
+    for each in attentions:
+        brought = {"allgather_kv": WORTH_IT * others * each.kv_heads, "fetch": rows[each.reach] * each.kv_heads}
+        if each.by_rule and each.heads % layout.sp == 0:
+            lists = head_lists(each.heads, each.kv_heads, layout.sp)
+            brought["ulysses"] = others * (len(lists.queries[0]) + len(lists.keys[0]))
+        found.append(min(brought, key=lambda name: brought[name]))
+    return tuple(found)
 
 
 def whole_on_ranks(layout: TokenLayout) -> bool:

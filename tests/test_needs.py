@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sp_compile.layout import SCHEMES, TokenLayout, token_layout
-from sp_compile.needs import Reach, choose_strategies, fetched_rows, received, rows_of, whole_on_ranks
+from sp_compile.needs import Attention, Reach, choose_strategies, fetched_rows, received, rows_of, whole_on_ranks
 
 LAYOUTS = st.builds(
     token_layout,
@@ -74,10 +76,20 @@ def test_what_is_exchanged_of_known_batches():
 
 def test_strategies_by_what_they_bring():
     long, window, everything = Reach(None, 0), Reach(64, 0), Reach(None, None)
+
+    def chosen(layout: TokenLayout, *reaches: Reach, heads: int = 8, apart: bool = True, **more: Any) -> list[str]:
+        return [*choose_strategies(layout, [Attention(each, heads, 2, **more) for each in reaches], apart)]
+
     zigzag = token_layout([8192], 8, "zigzag")  # the rank with the last block needs nearly all
-    assert choose_strategies(zigzag, [window, long, window], True) == ("fetch", "allgather_kv", "fetch")
+    assert chosen(zigzag, window, long, window, heads=28) == ["fetch", "allgather_kv", "fetch"]
+    assert chosen(zigzag, window, long) == [
+        "fetch",
+        "ulysses",
+    ]  # 1 + 1 heads a row, of 2
+    assert chosen(zigzag, long, by_rule=False) == ["allgather_kv"]
+    assert chosen(token_layout([8192], 3, "zigzag"), long) == ["allgather_kv"]  # three ranks, eight heads
     short = token_layout([100] * 16, 8, "whole")
-    assert choose_strategies(short, [long, everything], True) == ("local", "local")
-    assert choose_strategies(short, [everything], False) == ("allgather_kv",)
+    assert chosen(short, long, everything) == ["local", "local"]
+    assert chosen(short, everything, heads=28, apart=False) == ["allgather_kv"]
     mixed = token_layout([4000, *[100] * 40], 8, "whole")
-    assert choose_strategies(mixed, [long], True) == ("fetch",)
+    assert chosen(mixed, long, heads=28) == ["fetch"]

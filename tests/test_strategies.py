@@ -102,13 +102,48 @@ def with_cache() -> float:
     return worst
 
 
-FAST = ["window", "packed", "MLA"]
+FAST = {"fetch": ["window", "packed", "MLA"], "ulysses": ["ALiBi", "sinks", "relative bias per head", "MLA"]}
+CASES = [
+    pytest.param(sp, strategy, kind, dtype, marks=[] if (sp, dtype) == (3, torch.float32) and kind in FAST[strategy]
+                 else pytest.mark.slow)
+    for sp in (2, 3, 4) for strategy in FAST for kind in KINDS for dtype in (torch.float32, torch.bfloat16)
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", [pytest.param(each, marks=[] if each in FAST else pytest.mark.slow) for each in KINDS])
-def test_fetched_keys_serve_every_kind_of_attention(ranks, kind: str, dtype: torch.dtype):
+@pytest.mark.parametrize(("sp", "strategy", "kind", "dtype"), CASES)
+def test_every_kind_of_attention(ranks, sp: int, strategy: str, kind: str, dtype: torch.dtype):
     forms = KINDS[kind].forms[:1]
-    for errors, fallbacks, _ in ranks(3).run(run_kind, kind, dtype, forms, attention="fetch"):
+    for errors, fallbacks, wide in ranks(sp).run(run_kind, kind, dtype, forms, attention=strategy):
         check(errors, dtype)
         assert not fallbacks
+        assert not wide
+
+
+def of_heads(sizes: list[tuple[int, int]]) -> list[tuple[float, int]]:
+    """Error and bytes of attention for models of so many query and key/value heads."""
+    found = []
+    for heads, kv_heads in sizes:
+        model = llama(num_hidden_layers=1, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=8)
+        parallel = sp_compile.parallelize(model, codegen="eager", attention="ulysses")
+        batch = requests([30, 1, 1, 50])
+        with torch.no_grad():
+            worst = error(parallel(**batch, use_cache=False).logits, model(**batch, use_cache=False).logits)
+        crossing = [each for each in parallel.report().collectives if each.kind == "all_to_all"]
+        assert len(crossing) == 4
+        found.append((worst, sum(each.bytes_sent for each in crossing)))
+    return found
+
+
+HEADS = {(8, 2): 2 * (3 + 3), (6, 3): 2 * (2 + 1), (5, 1): 2 * (2 + 1)}  # queries and outputs, keys and values, at sp=3
+
+
+def test_any_number_of_heads_is_spread(ranks):
+    for found in ranks(3).run(of_heads, [*HEADS]):
+        for (worst, moved), each in zip(found, HEADS.values(), strict=True):
+            assert worst <= 1e-5
+            assert moved == each * 2 * 29 * 8 * 4  # to two others, of each 29 rows, head dim, bytes of fp32
+
+
+def test_generated_code_spreads_heads(ranks):
+    for each in ranks(2).run(ran, "gpt_oss", MIXES, attention="ulysses", codegen="inductor", timeout=900):
+        assert max(worst for worst, *_ in each) <= 1e-5

@@ -63,36 +63,34 @@ def _over_held_keys(call: Call, shelf: int) -> Outcome:
 
 def _over_heads(call: Call, keys: Heads) -> Outcome:
     """The rank's heads, of everyone's queries and keys."""
-    q, k, v, operands, tables, *_ = ops.AttentionArgs(*call.node.args)
-    queries = call.placed.get(q)
+    args = ops.AttentionArgs(*call.node.args)
+    queries = call.placed.get(args.q)
     if not isinstance(queries, Heads):
         raise NoRule("keys of a rank's heads, and queries of all")
-    needs: dict[fx.Node, Placement] = {q: queries, k: keys, v: keys}
-    for operand in operands:
-        assert isinstance(operand, fx.Node)
-        needs[operand] = of_heads(operand, q, k, queries)[-1]
-    for table in tables:
+    needs: dict[fx.Node, Placement] = {args.q: queries, args.k: keys, args.v: keys}
+    for operand in args.operands:
+        needs[operand] = of_heads(operand, args, queries)[-1]
+    for table in args.tables:
         needs[table] = Heads(0, queries.lists) if shape_of(table)[0] != 1 else REPLICATE
     out = Heads(1, queries.lists)
     return Outcome((out, out), needs)
 
 
-def of_heads(operand: fx.Node, q: fx.Node, k: fx.Node, queries: Heads) -> list[Placement]:
-    """How what masks or changes scores comes to be placed for an attention over a rank's heads: rows, then heads.
-
-    Raises:
-        NoRule: it has a value for every query and key.
-    """
+def is_vector(operand: fx.Node, args: ops.AttentionArgs) -> bool:
+    """Whether what masks or changes scores has values for queries or keys, not for every pair of them."""
     rank, sizes = rank_of(operand), shape_of(operand)
-    per_query = rank >= 2 and sizes[-2] == shape_of(q)[2]
-    per_key = rank >= 1 and sizes[-1] == shape_of(k)[2]
-    per_head = rank >= 3 and sizes[-3] != 1
-    if per_query and per_key:
-        raise NoRule(f"%{operand.name} has a value for every query and key")
+    return rank < 2 or sizes[-2] != shape_of(args.q)[2] or sizes[-1] != shape_of(args.k)[2]
+
+
+def of_heads(operand: fx.Node, args: ops.AttentionArgs, queries: Heads) -> list[Placement]:
+    """How what masks or changes scores comes to be placed for an attention over a rank's heads: rows, then heads."""
+    rank, sizes = rank_of(operand), shape_of(operand)
     found: list[Placement] = []
-    if per_query or per_key:
-        found.append(Gathered(rank - 1 if per_key else rank - 2))
-    if per_head:
+    if rank >= 1 and sizes[-1] == shape_of(args.k)[2]:
+        found.append(Gathered(rank - 1))
+    elif rank >= 2 and sizes[-2] == shape_of(args.q)[2]:
+        found.append(Gathered(rank - 2))
+    if rank >= 3 and sizes[-3] != 1:
         found.append(Heads(rank - 3, queries.lists))
     return found or [REPLICATE]
 

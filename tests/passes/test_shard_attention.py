@@ -12,7 +12,7 @@ from sp_compile.errors import ConfigError, StrategyError
 from sp_compile.layout import token_layout
 from sp_compile.needs import Reach
 from sp_compile.pipeline import build_pipeline
-from sp_compile.placements import describe
+from sp_compile.placements import Shard, describe
 from sp_compile.program import placement
 from tests.passes.graphs import LENGTHS, after, call, calls, check_placements, embeds, packed, placed, qkv, repeated
 
@@ -130,3 +130,23 @@ def test_a_strategy_that_does_not_apply_is_refused_with_those_that_do():
         keys_of({"layers": {"first": "fetch"}})
     with pytest.raises(ConfigError, match="unknown attention strategy 'windows'; did you mean 'window'"):
         keys_of({"layers": {"0": "windows"}})
+
+
+def test_heads_are_spread_and_outputs_come_back():
+    program = after("shard_attention", causal, packed(32), options={"shard_attention": {"strategy": "ulysses"}})
+    node = call(program, "sp_compile.attention")
+    q, k, v, operands, *_, valid = node.args
+    assert [describe(placement(each)) for each in (q, k, v)] == ["Heads(1, 2 a rank)", *["Heads(1, 1 a rank)"] * 2]
+    assert placement(q).lists == ((0, 1), (2, 3))
+    assert sorted(describe(placement(each)) for each in operands) == ["Gathered(2)", "Gathered(3)"]
+    assert not any(each.args[0].meta.get("placement") == Shard(2) for each in operands)  # known of all, not gathered
+    assert valid.meta["index_input"] == "gathered_valid"
+    (part,) = node.users
+    (back,) = part.users
+    assert describe(placement(back)) == "Shard(2)"
+    after("localize_shapes", causal, packed(32), options={"shard_attention": {"strategy": "ulysses"}})
+
+
+def test_a_mask_of_pairs_cannot_be_had_for_some_heads():
+    with pytest.raises(StrategyError, match=r"has a value for every query and key.*fetch and allgather_kv apply"):
+        after("shard_attention", unlifted, embeds(32), options={"shard_attention": {"strategy": "ulysses"}})
