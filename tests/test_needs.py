@@ -78,14 +78,11 @@ def test_strategies_by_what_they_bring():
     long, window, everything = Reach(None, 0), Reach(64, 0), Reach(None, None)
 
     def chosen(layout: TokenLayout, *reaches: Reach, heads: int = 8, apart: bool = True, **more: Any) -> list[str]:
-        return [*choose_strategies(layout, [Attention(each, heads, 2, **more) for each in reaches], apart)]
+        return [*choose_strategies(layout, [Attention(each, heads, 4, **more) for each in reaches], apart)]
 
     zigzag = token_layout([8192], 8, "zigzag")  # the rank with the last block needs nearly all
     assert chosen(zigzag, window, long, window, heads=28) == ["fetch", "allgather_kv", "fetch"]
-    assert chosen(zigzag, window, long) == [
-        "fetch",
-        "ulysses",
-    ]  # 1 + 1 heads a row, of 2
+    assert chosen(zigzag, window, long) == ["fetch", "ulysses"]  # 1 + 1 heads of a row, of 4
     assert chosen(zigzag, long, by_rule=False) == ["allgather_kv"]
     assert chosen(token_layout([8192], 3, "zigzag"), long) == ["allgather_kv"]  # three ranks, eight heads
     short = token_layout([100] * 16, 8, "whole")
