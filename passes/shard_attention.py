@@ -46,7 +46,7 @@ from sp_compile.placements import LOCAL_ROWS, Gathered, Heads, Placement, Querie
 from sp_compile.program import Program, gathered_valid, moved, placement, source_line
 from sp_compile.rules.attention import is_vector, of_heads
 from sp_compile.symbols import shape_of
-from sp_compile.windows import reach_of
+from sp_compile.windows import needed_by
 
 STRATEGIES = ("allgather_kv", "fetch", "window", "local", "ulysses", "auto")
 
@@ -127,7 +127,7 @@ def _keys(program: Program, node: fx.Node, strategy: str) -> Gathered:
         return Gathered(2)
     if strategy == "local":
         return Gathered(2, LOCAL_ROWS)
-    reach = reach_of(node, program.tokens, program.counted)
+    reach = needed_by(node, program.tokens, program.counted)
     if strategy == "window" and reach.back is None:
         raise StrategyError(
             f"strategy window at {source_line(node) or 'no source line'}: the mask's rule sets no bound on how far "

@@ -22,7 +22,7 @@ from sp_compile.report import Report, make_report
 from sp_compile.requests import request_inputs
 from sp_compile.rules.attention import is_vector
 from sp_compile.symbols import shape_of
-from sp_compile.windows import reach_of
+from sp_compile.windows import needed_by
 
 
 class Kind(NamedTuple):
@@ -186,7 +186,7 @@ class Analysis:
         """
         found = []
         for node in ops.attention_nodes(self.program.graph):
-            args, reach = ops.AttentionArgs(*node.args), reach_of(node, self.program.tokens, counted)
+            args, reach = ops.AttentionArgs(*node.args), needed_by(node, self.program.tokens, counted)
             heads, kv_heads = (int(shape_of(each)[1]) for each in (args.q, args.k))
             found.append(needs.Attention(reach, heads, kv_heads, all(is_vector(each, args) for each in args.operands)))
         return found

@@ -50,6 +50,17 @@ def window_of(attention: fx.Node, tokens: sympy.Symbol | None) -> int | None:
     return reach_of(attention, tokens).back
 
 
+def needed_by(attention: fx.Node, tokens: sympy.Symbol | None, counted: bool = False) -> Reach:
+    """How far the keys go that an attention's queries need: as far as they see, or all for the mean of all values.
+
+    Args:
+        attention, counted: as of :func:`reach_of`.
+    """
+    if ops.AttentionArgs(*attention.args).empty_mean:
+        return Reach(None, None)
+    return reach_of(attention, tokens, counted)
+
+
 def reach_of(attention: fx.Node, tokens: sympy.Symbol | None, counted: bool = False) -> Reach:
     """How far an attention sees by its rule.
 

@@ -69,6 +69,22 @@ def test_the_best_for_each_batch_and_layer(ranks):
     assert [layout.scheme for *_, layout in first][2] == "whole"
 
 
+def padded(strategy: str) -> float:
+    """Rows that see no key get the mean of all values from an eager softmax, whoever holds these."""
+    model, ids, mask = llama(attn_implementation="eager"), requests([23])["input_ids"].repeat(2, 1), torch.ones(2, 23)
+    mask[0, :7] = 0
+    parallel = sp_compile.parallelize(model, codegen="eager", attention=strategy)
+    with torch.no_grad():
+        found, expected = (each(input_ids=ids, attention_mask=mask).logits for each in (parallel, model))
+    return error(found, expected)
+
+
+@pytest.mark.parametrize("strategy", ["fetch", "ulysses"])
+def test_rows_that_see_nothing_are_as_in_the_model(ranks, strategy: str):
+    for worst in ranks(2).run(padded, strategy):
+        assert worst <= 1e-5
+
+
 def refused() -> dict[str, str]:
     found = {}
     for name, options in {"window": {"attention": "window"}, "local": {"attention": "local"}}.items():
