@@ -79,11 +79,13 @@ class _Lowering:
         score, mask = (self._function(args, output) for output in ("score", "mask"))
         options = {**OPTIONS, "OUTPUT_LOGSUMEXP": ops.attention_part(node, 1) is not None}
         # code for CPUs takes its inputs for tensors of four dims in memory, which views of products or gathers are not
-        whole = args.q.meta["val"].device.type == "cpu"
-        q, k, v = (self._captured(each, (0, 1, 2, 3)) if whole else each for each in (args.q, args.k, args.v))
+        q, k, v = args.q, args.k, args.v
+        if self._fills_up(args):
+            q = self._captured(q, (0, 1, 2, 3))
+            k, v = (self._captured(each, (0, 1, 2, 3), keys=2) for each in (k, v))
         flex = self.graph.call_function(
             torch.ops.higher_order.flex_attention,
-            (q, k, v, score[0], self._blocks(args, mask[0]), args.scale, options, score[1], mask[1]),
+            (q, k, v, score[0], self._blocks(args, (q, k), mask[0]), args.scale, options, score[1], mask[1]),
         )
         out, lse = (self.graph.call_function(getitem, (flex, i)) for i in range(2))
         lse = self.graph.call_function(aten.mul.Tensor, (lse, math.log(2)))  # of base 2
@@ -101,15 +103,21 @@ class _Lowering:
         rule, operands = args.rule, list(args.operands)
         dims = {i: _varying(each) for i, each in enumerate(operands)}
         own = {i: _own_dims(each, dims[i]) for i, each in enumerate(operands)}
-        if args.valid is not None:
+        fills_up, valid = self._fills_up(args), args.valid
+        if fills_up and valid is None:
+            keys = self._once(aten.sym_size.int, args.k, 2)
+            valid = self._once(_ones, keys)
+            valid.meta["val"] = args.k.meta["val"][0, 0, :, 0]  # of that size
+        if valid is not None:
             rule = joined_with_valid(rule, len(operands))
             dims[len(operands)], own[len(operands)] = (3,), (0,)
-            operands.append(args.valid)
+            operands.append(valid)
         names = arguments_of(rule, output)
         kept = {i: each for i, each in dims.items() if f"x{i}" in names}
         tables = [i for i in range(len(args.tables)) if f"table{i}" in names]
         per_head = {i: shape_of(args.tables[i])[0] != 1 for i in tables}
-        captured = [self._captured(operands[i], own[i]) for i in kept]
+        along_keys = {i: each.index(3) if fills_up and 3 in each else -1 for i, each in kept.items()}
+        captured = [self._captured(operands[i], own[i], along_keys[i]) for i in kept]
         captured += [self._captured(args.tables[i], (0, 1) if per_head[i] else (1,)) for i in tables]
         sizes = self._sizes(operands[i] for i in kept)
         key = (rule, output, tuple(kept.items()), tuple(per_head.items()), len(sizes))
@@ -135,10 +143,16 @@ class _Lowering:
         assert not symbols, f"sizes come from inputs, not {symbols}"
         return found
 
-    def _captured(self, tensor: fx.Node, dims: tuple[int, ...]) -> fx.Node:
-        return self._once(torch.ops.sp_compile.captured.default, tensor, list(dims))
+    def _fills_up(self, args: ops.AttentionArgs) -> bool:
+        """Whether keys are filled up to a number that the device's code computes right."""
+        return bool(args.q.meta["val"].device.type == "cpu")
 
-    def _blocks(self, args: ops.AttentionArgs, mask: fx.Node) -> tuple[Any, ...]:
+    def _captured(self, tensor: fx.Node, dims: tuple[int, ...], keys: int = -1) -> fx.Node:
+        return self._once(torch.ops.sp_compile.captured.default, tensor, list(dims), keys)
+
+    def _blocks(
+        self, args: ops.AttentionArgs, queries_and_keys: tuple[fx.Node, fx.Node], mask: fx.Node
+    ) -> tuple[Any, ...]:
         """The block mask as the op takes it, in the order that this torch has."""
         assert args.plan is not None
         plan, device = self._once(aten.unsqueeze.default, args.plan, 1), args.q.meta["val"].device
@@ -155,7 +169,7 @@ class _Lowering:
             count, which, full_count, full_which, BLOCK, _everything, compute_q_blocks=False
         )
         found = {id(each): part for each, part in zip(stand_ins, parts, strict=True)}
-        lengths = [self._once(aten.sym_size.int, each, 2) for each in (args.q, args.k)]
+        lengths = [self._once(aten.sym_size.int, each, 2) for each in queries_and_keys]
         return (*lengths, *(found.get(id(each), each) for each in example.as_tuple(flatten=True)[2:-1]), mask)
 
     def _once(self, target: Any, *args: Any) -> fx.Node:
@@ -163,6 +177,10 @@ class _Lowering:
         if key not in self.made:
             self.made[key] = self.graph.call_function(target, args)
         return self.made[key]
+
+
+def _ones(size: int) -> torch.Tensor:
+    return torch.ones(size, dtype=torch.bool)
 
 
 def _symbols(size: Any) -> Iterable[Any]:

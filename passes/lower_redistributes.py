@@ -70,7 +70,8 @@ class LowerRedistributes(Pass):
             builder = _Builder(program, node)
             with program.graph.inserting_before(node):
                 result = lower(builder, node)
-            result.meta["placement"] = placement(node)
+            if result is not node.args[0]:
+                result.meta["placement"] = placement(node)
             node.replace_all_uses_with(result)
             program.graph.erase_node(node)
         program.remove_dead_code()
@@ -131,7 +132,7 @@ class _Builder:
         """The rank's heads of everyone's rows, ``[batch, heads, sp * rows, dim]``, from all heads of the rank's."""
         sp, own = len(lists), len(lists[0])
         sent = [head for each in lists for head in each]
-        if sent != [*range(int(shape_of(source)[1]))]:
+        if sent != [*range(int(self.origin.meta["val"].shape[1]))]:
             flat = self.call(aten.flatten.using_ints, self.constant(lists))
             source = self.call(aten.index_select.default, source, 1, flat)
         parts = self.call(aten.unflatten.int, source, 1, [sp, own])

@@ -13,7 +13,8 @@ Strategies, for all attentions or some of them:
 * ``local``: nothing is exchanged, since every request lies whole on one rank.
 * ``ulysses``: heads are spread over the ranks instead of tokens, by all-to-all, and outputs come back. Any number of
   heads will do, see :mod:`sp_compile.heads`. Source: DeepSpeed Ulysses (arXiv:2309.14509).
-* ``auto``: for each batch and attention that of the others which brings the fewest rows to the rank that needs most.
+* ``auto``: for each batch and attention that of the others which brings the fewest heads of rows to the rank that
+  needs most; other than ``allgather_kv`` only where that saves a tenth.
 
 Padding is masked by ``valid``. With a cache, new keys and values go to everyone, who share them out.
 
@@ -42,11 +43,20 @@ from sp_compile.heads import head_lists
 from sp_compile.integers import of_all_rows
 from sp_compile.invariants import KEYS_PADDED, PLACED, RAISED
 from sp_compile.pipeline import Pass
-from sp_compile.placements import LOCAL_ROWS, Gathered, Heads, Placement, QueriesByKeys, Shard
+from sp_compile.placements import (
+    LOCAL_ROWS,
+    REPLICATE,
+    Gathered,
+    Heads,
+    Placement,
+    QueriesByKeys,
+    Replicate,
+    Shard,
+)
 from sp_compile.program import Program, gathered_valid, moved, placement, source_line
 from sp_compile.rules.attention import is_vector, of_heads
 from sp_compile.symbols import shape_of
-from sp_compile.windows import needed_by
+from sp_compile.windows import needed_by, reach_of
 
 STRATEGIES = ("allgather_kv", "fetch", "window", "local", "ulysses", "auto")
 
@@ -85,7 +95,9 @@ class ShardAttention(Pass):
         made: dict[tuple[fx.Node, Placement], fx.Node] = {}
         known: dict[fx.Node, fx.Node] = {}
         attentions = ops.attention_nodes(program.graph)
-        for node, strategy in zip(attentions, self._chosen(program, len(attentions)), strict=True):
+        best = program.strategies or ("allgather_kv",) * len(attentions)
+        for i, (node, asked) in enumerate(zip(attentions, self.asked(len(attentions)), strict=True)):
+            strategy = best[i] if asked == "auto" else asked
             if strategy == "ulysses" and not program.cached:
                 _spread_heads(program, node, made, known)
             else:
@@ -102,21 +114,24 @@ class ShardAttention(Pass):
         """Whether strategies depend on the batch."""
         return "auto" in (self.strategy, *self.layers.values())
 
-    def _chosen(self, program: Program, attentions: int) -> list[str]:
-        """The strategy of each attention."""
+    def asked(self, attentions: int) -> list[str]:
+        """The strategy that is asked for each attention, ``auto`` among them.
+
+        Raises:
+            StrategyError: a layer is named that is not there.
+        """
         chosen = [self.strategy] * attentions
         for numbers, strategy in self.layers.items():
             for i in _numbers(numbers):
                 if i >= attentions:
                     raise StrategyError(f"layers name attention {i}, and the model has {attentions}, from 0 on")
                 chosen[i] = strategy
-        best = program.strategies or ("allgather_kv",) * attentions
-        return [best[i] if each == "auto" else each for i, each in enumerate(chosen)]
+        return chosen
 
 
 def _numbers(text: str) -> range:
     first, _, last = str(text).partition("-")
-    if not first.isdecimal() or not (last or first).isdecimal():
+    if not first.isdecimal() or not (last or first).isdecimal() or int(first) > int(last or first):
         raise ConfigError(f"layers={text!r} is no number of an attention; pass one as 3, or several as 0-5")
     return range(int(first), int(last or first) + 1)
 
@@ -129,9 +144,14 @@ def _keys(program: Program, node: fx.Node, strategy: str) -> Gathered:
         return Gathered(2, LOCAL_ROWS)
     reach = needed_by(node, program.tokens, program.counted)
     if strategy == "window" and reach.back is None:
+        seen = reach_of(node, program.tokens, program.counted).back
+        reason = (
+            "the mask's rule sets no bound on how far back a query sees"
+            if seen is None
+            else f"a row that sees nothing of its window of {seen} gets the mean of all values"
+        )
         raise StrategyError(
-            f"strategy window at {source_line(node) or 'no source line'}: the mask's rule sets no bound on how far "
-            "back a query sees; fetch and allgather_kv apply"
+            f"strategy window at {source_line(node) or 'no source line'}: {reason}; fetch and allgather_kv apply"
         )
     if reach not in program.reaches:
         program.reaches.append(reach)
@@ -165,8 +185,17 @@ def _spread_heads(
     args = ops.AttentionArgs(*node.args)
     lists = head_lists(int(shape_of(args.q)[1]), int(shape_of(args.k)[1]), program.sp)
     queries = Heads(1, lists.queries)
-    q = moved(program, args.q, queries, node, made)
-    k, v = (moved(program, _unmoved(each), Heads(1, lists.keys), node, made) for each in (args.k, args.v))
+
+    def spread(each: fx.Node, heads: Heads) -> fx.Node:
+        source = each.args[0] if each.target is ops.redistribute else each
+        assert isinstance(source, fx.Node)
+        if placement(source) != Shard(2):  # whole on every rank, or in an order of its own
+            whole = source if isinstance(placement(source), Replicate) else moved(program, each, REPLICATE, node, made)
+            source = moved(program, whole, Gathered(2), node, made)
+        return moved(program, source, heads, node, made)
+
+    q = spread(args.q, queries)
+    k, v = (spread(each, Heads(1, lists.keys)) for each in (args.k, args.v))
     operands, tables = [], []
     for each in args.operands:
         if not is_vector(each, args):

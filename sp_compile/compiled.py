@@ -56,7 +56,7 @@ class Step:
         rows: tokens of each request, those of earlier calls included; None for the layout's.
         held, windows: the tensors of the cache on this rank, and how far back each is seen.
         cache_dtype, outputs, counted, strategies: as in :class:`~sp_compile.program.Program`.
-        chooses: strategies are to be chosen for the batch.
+        asked: gives the strategies that are asked for so many attentions, where some are ``auto``.
     """
 
     layout: TokenLayout
@@ -71,7 +71,7 @@ class Step:
     outputs: str = "full"
     counted: bool = False
     strategies: tuple[str, ...] = ()
-    chooses: bool = False
+    asked: Callable[[int], Sequence[str]] | None = None
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -278,9 +278,12 @@ class Compiled:
 
     def _prepared(self, step: Step) -> tuple[Variant, Step]:
         """The program for a step, and the step with all that it needs."""
-        if step.chooses and not step.cached:
+        if step.asked is not None and not step.cached:
             attentions = self._analysis(step.isolated).attentions(step.counted)
-            step = replace(step, strategies=needs.choose_strategies(step.layout, attentions, step.apart))
+            best = needs.choose_strategies(step.layout, attentions, step.apart)
+            asked = step.asked(len(attentions))
+            chosen = (each if wanted == "auto" else "" for each, wanted in zip(best, asked, strict=True))
+            step = replace(step, strategies=tuple(chosen))
         variant = self.variant(step.kind)
         return variant, variant.completed(step)
 

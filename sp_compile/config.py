@@ -47,12 +47,12 @@ class CompileConfig(_Checked):
     Attributes:
         scheme: who holds which tokens: ``contiguous``; ``zigzag``, which balances causal attention; ``whole``, which
             leaves short requests on one rank; ``chunked``, which balances any mix of requests; ``auto`` for what is
-            predicted to be fastest for the batch.
+            predicted to be fastest for the batch (``zigzag`` for new tokens beside a cache).
         outputs: ``full``: whole, in normal order, on every rank; ``sharded``: left on the ranks.
         codegen: ``inductor`` generates code, ``eager`` runs the rewritten graph as it is.
         strict: refuse ops that have no rule, instead of computing them on gathered inputs.
         attention: strategy for attention, see the pass ``shard_attention``: ``allgather_kv``, ``fetch``, ``window``,
-            ``local``, or ``auto`` for what brings the fewest rows.
+            ``local``, ``ulysses``, or ``auto`` for what brings least to the rank that needs most.
         kernel: what computes attention on a rank: ``tiles``, ``flex``, ``dense``, ``dense_fp64``, or ``auto`` for what
             suits the device.
         verify_passes: check the graph's invariants after every pass.

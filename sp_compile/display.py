@@ -149,7 +149,8 @@ def show_passes(passes: dict[str, type[Pass]], console: Console) -> None:
     for column in table.columns[:2]:
         column.no_wrap = True
     for name, kind in passes.items():
-        options = [f"{each.name}={each.default!r}" for each in dataclasses.fields(kind)]
+        defaults = kind()
+        options = [f"{each.name}={getattr(defaults, each.name)!r}" for each in dataclasses.fields(kind)]
         summary = Text((kind.__doc__ or "").strip().splitlines()[0])
         for verb, group in (("requires", kind.requires), ("establishes", kind.establishes)):
             if group:

@@ -7,7 +7,7 @@ from torch import fx
 from sp_compile import ops
 from sp_compile.placements import REPLICATE, Replicate
 from sp_compile.program import Program, placement
-from sp_compile.symbols import is_float, is_tensor
+from sp_compile.symbols import is_float, is_tensor, tensors_of
 
 
 def of_all_rows(program: Program, node: fx.Node, before: fx.Node, made: dict[fx.Node, fx.Node]) -> fx.Node | None:
@@ -26,7 +26,7 @@ def of_all_rows(program: Program, node: fx.Node, before: fx.Node, made: dict[fx.
     if node not in made:
         inputs = {}
         for each in node.all_input_nodes:
-            whole = of_all_rows(program, each, before, made) if is_tensor(each) else each
+            whole = of_all_rows(program, each, before, made) if is_tensor(each) else _if_known(each)
             if whole is None:
                 return None
             inputs[each] = whole
@@ -34,3 +34,10 @@ def of_all_rows(program: Program, node: fx.Node, before: fx.Node, made: dict[fx.
             made[node] = program.graph.node_copy(node, lambda each: inputs[each])
         made[node].meta["placement"] = REPLICATE
     return made[node]
+
+
+def _if_known(node: fx.Node) -> fx.Node | None:
+    """A size, or several tensors that are whole on every rank."""
+    held = placement(node)
+    parts = held if isinstance(held, tuple) else (held,)
+    return node if not tensors_of(node) or all(isinstance(each, Replicate) for each in parts) else None

@@ -1,7 +1,8 @@
 """The nodes that passes add to a graph, all executable in the global view.
 
-The custom ops, attention and what plans it, stay to the end and run as they are; the plain functions are placeholders
-of the global view that ``lower_redistributes`` replaces by index selections and functional collectives.
+The custom ops, attention, what plans it and the exchange of rows, run as they are; so do the plain functions around
+partial outputs and earlier keys. The other plain functions are placeholders of the global view that
+``lower_redistributes`` replaces by index selections and collectives.
 """
 
 from __future__ import annotations
@@ -190,14 +191,26 @@ def _(
 
 
 @torch.library.custom_op("sp_compile::captured", mutates_args=())
-def captured(value: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:
-    """A tensor for FlexAttention, reduced to these dims and in memory of its own: Inductor fuses nothing into it."""
-    return value.reshape([value.shape[dim] for dim in dims] or [1]).clone(memory_format=torch.contiguous_format)
+def captured(value: torch.Tensor, dims: Sequence[int], keys: int = -1) -> torch.Tensor:
+    """A tensor for FlexAttention, reduced to these dims and in memory of its own: Inductor fuses nothing into it.
+
+    Args:
+        keys: which of ``dims`` is that of the keys, which is filled up with zeros to a multiple of
+            :data:`sp_compile.kernels.flex.KEYS`; -1 for none.
+    """
+    kept = value.reshape([value.shape[dim] for dim in dims] or [1])
+    found = kept.new_zeros(_filled_up(kept.shape, keys))
+    (found if keys < 0 else found.narrow(keys, 0, kept.shape[keys])).copy_(kept)
+    return found
 
 
 @captured.register_fake
-def _(value: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:
-    return value.new_empty([value.shape[dim] for dim in dims] or [1])
+def _(value: torch.Tensor, dims: Sequence[int], keys: int = -1) -> torch.Tensor:
+    return value.new_empty(_filled_up([value.shape[dim] for dim in dims] or [1], keys))
+
+
+def _filled_up(sizes: Sequence[Any], keys: int) -> list[Any]:
+    return [(size + flex.KEYS - 1) // flex.KEYS * flex.KEYS if dim == keys else size for dim, size in enumerate(sizes)]
 
 
 @torch.library.custom_op("sp_compile::seen_rows", mutates_args=())

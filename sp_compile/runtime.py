@@ -153,7 +153,7 @@ class ParallelModule(nn.Module):
                     unmasked = {name: each for name, each in named.items() if name != "attention_mask"}
                     check_inputs(unmasked, self._device(named))
                     others = {key: each for key, each in kwargs.items() if key not in (*named, "past_key_values")}
-                    step, whole = cache.begin(named, self._scheme(named))
+                    step, whole = cache.begin(named, self._scheme())
                     if step.promised and others.get("logits_to_keep"):
                         raise BatchError("logits_to_keep counts rows; pass a tensor of numbers of the new tokens")
                     if self._compares_inputs:
@@ -270,14 +270,16 @@ class ParallelModule(nn.Module):
         named = named_tensors(self.module, self._signature, args, kwargs)
         check_inputs(named, self._device(named))
         lengths = request_lengths_of(named)
-        return named, token_layout(lengths, self.group.size, self._scheme(named), min_shard_length=2)
+        return named, token_layout(lengths, self.group.size, self._scheme(lengths), min_shard_length=2)
 
-    def _scheme(self, named: Mapping[str, torch.Tensor]) -> str:
-        """The layout scheme of a batch."""
+    def _scheme(self, lengths: Sequence[int] = ()) -> str:
+        """The layout scheme of requests; of new tokens beside a cache where no lengths are given."""
         if self.compile_config.scheme != "auto":
             return self.compile_config.scheme
+        if not lengths:
+            return "zigzag"
         hidden = getattr(getattr(self.module, "config", None), "hidden_size", HIDDEN_SIZE)
-        return choose_scheme(request_lengths_of(named), self.group.size, PAIRS_PER_FEATURE * hidden)
+        return choose_scheme(lengths, self.group.size, PAIRS_PER_FEATURE * hidden)
 
     def _refuse_training(self) -> None:
         if self.training:
@@ -293,8 +295,8 @@ class ParallelModule(nn.Module):
         step = Step(layout, inputs, self._promised(named, layout), outputs=self.compile_config.outputs)
         strategies = [each for each in self.pipeline if isinstance(each, ShardAttention)]
         counted = any(each.reads_reach for each in strategies) and step.apart and positions_count(named)
-        chooses = any(each.chooses for each in strategies) and self.group.size > 1
-        return replace(step, counted=counted, chooses=chooses)
+        chooses = next((each for each in strategies if each.chooses and self.group.size > 1), None)
+        return replace(step, counted=counted, asked=None if chooses is None else chooses.asked)
 
     def _promised(self, named: Mapping[str, torch.Tensor], layout: TokenLayout) -> bool:
         """Whether the requests of the batch must be kept apart."""

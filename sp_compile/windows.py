@@ -51,14 +51,40 @@ def window_of(attention: fx.Node, tokens: sympy.Symbol | None) -> int | None:
 
 
 def needed_by(attention: fx.Node, tokens: sympy.Symbol | None, counted: bool = False) -> Reach:
-    """How far the keys go that an attention's queries need: as far as they see, or all for the mean of all values.
+    """How far the keys go that an attention's queries need: as far as they see.
+
+    Where a row that sees nothing gets the mean of all values, they need all, unless the rule shows every row itself.
 
     Args:
         attention, counted: as of :func:`reach_of`.
     """
-    if ops.AttentionArgs(*attention.args).empty_mean:
+    args = ops.AttentionArgs(*attention.args)
+    steps = {step.name: step for step in parse(args.rule)}
+    if args.empty_mean and not all(_shows_itself(step, args, tokens, counted) for step in _joined("mask", steps)):
         return Reach(None, None)
     return reach_of(attention, tokens, counted)
+
+
+def _shows_itself(step: Assignment, args: ops.AttentionArgs, tokens: sympy.Symbol | None, counted: bool) -> bool:
+    """Whether a comparison holds between a row and itself."""
+    values = _values(args, tokens, counted)
+    bound = _bound(step, values)
+    if bound is not None:
+        return (bound.back is None or bound.back >= 1) and (bound.ahead is None or bound.ahead >= 0)
+    operands = {f"x{i}": each for i, each in enumerate(args.operands)}
+    if step.function != "eq" or not all(each in operands for each in step.arguments):
+        return False
+    first, second = (_origin(operands[str(each)]) for each in step.arguments)
+    return first is second
+
+
+def _origin(node: fx.Node) -> fx.Node:
+    """What a node shows in another shape."""
+    while node.op == "call_function" and node.target in SAME_ORDER:
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        node = source
+    return node
 
 
 def reach_of(attention: fx.Node, tokens: sympy.Symbol | None, counted: bool = False) -> Reach:
@@ -69,17 +95,21 @@ def reach_of(attention: fx.Node, tokens: sympy.Symbol | None, counted: bool = Fa
         counted: requests are apart, and ``position_ids`` count the tokens of each.
     """
     args = ops.AttentionArgs(*attention.args)
-    apart = counted or keeps_apart(args.rule, args.operands)
-    numbers = _row_numbers(args.operands, tokens, apart, counted)
-    values: dict[Any, _Linear | None] = {f"x{i}": each for i, each in enumerate(numbers)}
-    steps = {}
-    for step in parse(args.rule):
-        steps[step.name] = step
-        values[step.name] = _linear(step, values)
+    steps, values = {step.name: step for step in parse(args.rule)}, _values(args, tokens, counted)
     bounds = [each for each in (_bound(step, values) for step in _joined("mask", steps)) if each is not None]
     back = [each.back for each in bounds if each.back is not None and each.back >= 1]
     ahead = [each.ahead for each in bounds if each.ahead is not None and each.ahead >= 0]
     return Reach(min(back, default=None), min(ahead, default=None))
+
+
+def _values(args: ops.AttentionArgs, tokens: sympy.Symbol | None, counted: bool) -> dict[Any, _Linear | None]:
+    """The rule's operands and steps by name, where they are numbers of rows."""
+    apart = counted or keeps_apart(args.rule, args.operands)
+    numbers = _row_numbers(args.operands, tokens, apart, counted)
+    values: dict[Any, _Linear | None] = {f"x{i}": each for i, each in enumerate(numbers)}
+    for step in parse(args.rule):
+        values[step.name] = _linear(step, values)
+    return values
 
 
 def _joined(name: str, steps: dict[str, Assignment]) -> Iterator[Assignment]:

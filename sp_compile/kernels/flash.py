@@ -18,8 +18,8 @@ def flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor 
     Args:
         mask: added to the scores, broadcasts to ``[B, H, Q, K]`` in q's dtype; None for none.
     """
-    if k.dtype != q.dtype:
-        k, v = k.to(q.dtype), v.to(q.dtype)
+    k = k if k.dtype == q.dtype else k.to(q.dtype)  # without a call where there is nothing to do
+    v = v if v.dtype == q.dtype else v.to(q.dtype)
     width, largest = v.shape[-1], max(q.shape[-1], v.shape[-1])
     if q.shape[-1] != width:
         q, k, v = (F.pad(each, (0, largest - each.shape[-1])) for each in (q, k, v))

@@ -15,6 +15,7 @@ from sp_compile.kernels.regions import Region
 from sp_compile.score_rule import FUNCTIONS, call, needed
 
 BLOCK = 128  # queries and keys of a block, torch's default
+KEYS = 16  # code for CPUs is wrong for less than a block of keys, of which 8 are more than a multiple of this
 OUTPUTS = {"mask": ("mask",), "score": ("score", "bias")}
 
 
@@ -51,8 +52,9 @@ def _mark(kinds: np.ndarray, region: Region, queries: int, keys: int) -> None:
     spans = [slice(start // BLOCK, -(-end // BLOCK))
               for start, end in ((region.q_start, region.q_end), (region.k_start, region.k_end))]  # fmt: skip
     starts, ends, whole = [], [], []
+    # behind the last key there may be others, which only the mask's elements hide
     for span, start, end, length in zip(
-        spans, (region.q_start, region.k_start), (region.q_end, region.k_end), (queries, keys), strict=True
+        spans, (region.q_start, region.k_start), (region.q_end, region.k_end), (queries, keys + BLOCK), strict=True
     ):
         edges = np.arange(span.start, span.stop) * BLOCK
         starts.append(np.maximum(edges, start) - start)
