@@ -105,9 +105,7 @@ class _Lowering:
         own = {i: _own_dims(each, dims[i]) for i, each in enumerate(operands)}
         fills_up, valid = self._fills_up(args), args.valid
         if fills_up and valid is None:
-            keys = self._once(aten.sym_size.int, args.k, 2)
-            valid = self._once(_ones, keys)
-            valid.meta["val"] = args.k.meta["val"][0, 0, :, 0]  # of that size
+            valid = self._keys_that_exist(args.k)
         if valid is not None:
             rule = joined_with_valid(rule, len(operands))
             dims[len(operands)], own[len(operands)] = (3,), (0,)
@@ -142,6 +140,15 @@ class _Lowering:
                     found.append(node if is_size else self._once(aten.sym_size.int, node, dim))
         assert not symbols, f"sizes come from inputs, not {symbols}"
         return found
+
+    def _keys_that_exist(self, k: fx.Node) -> fx.Node:
+        """All that there are, for keys that are filled up."""
+        value = k.meta["val"]
+        key = ("keys", str(value.shape[2]))
+        if key not in self.made:
+            self.made[key] = self._once(_ones, self._once(aten.sym_size.int, k, 2))
+            self.made[key].meta["val"] = value[0, 0, :, 0]  # of that size
+        return self.made[key]
 
     def _fills_up(self, args: ops.AttentionArgs) -> bool:
         """Whether keys are filled up to a number that the device's code computes right."""

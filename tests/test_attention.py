@@ -126,6 +126,14 @@ def test_one_compilation_serves_all_lengths(ranks, kernel: str):
         assert len(lengths) > 15
 
 
+def test_flex_attention_is_right_for_any_number_of_keys():
+    """torch's code for CPUs is not, where less than a block of keys are eight more than a multiple of sixteen."""
+    parallel = sp_compile.parallelize(llama(num_hidden_layers=1), kernel="flex", sp=1)
+    for length in (90, *range(6, 34), 40, 120, 136):
+        assert sp_compile.verify(parallel, sp_compile.pack([[3 + i % 90 for i in range(length - 2)], [5, 6]])), length
+    assert parallel.compiles == 1
+
+
 def test_code_that_inductor_compiles_has_no_queries_by_keys():
     graphs: list[torch.fx.Graph] = []
     with torch._inductor.config.patch(force_disable_caches=True, post_grad_custom_post_pass=graphs.append):

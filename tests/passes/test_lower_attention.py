@@ -108,9 +108,9 @@ def test_layers_share_what_they_capture_and_their_functions(sp: int):
         assert found[one][7:] == found[other][7:]
         assert found[one].score is found[other].score
     assert found[0].mask is not found[1].mask
-    made = [(each.args[0], tuple(each.args[1])) for each in calls(program, "sp_compile.captured")]
+    made = [(each.args[0], tuple(each.args[1]), *each.args[2:]) for each in calls(program, "sp_compile.captured")]
     assert len(made) == len(set(made))
-    assert sum(dims != (0, 1, 2, 3) for _, dims in made) == (3 if sp == 1 else 4)  # rows, columns, starts; valid keys
+    assert sum(dims != (0, 1, 2, 3) for _, dims, _ in made) == 4  # rows, columns, starts, and keys that exist
     functions = {each.target for each in program.graph.find_nodes(op="get_attr")}
     assert functions == {name for name, _ in program.gm.named_children()}
     assert len(functions) == 4
@@ -132,7 +132,7 @@ def test_functions_capture_what_they_read(model: Flex, score: list[str], mask: l
     operands = AttentionArgs(*call(program, "sp_compile.attention").args).operands
     LowerAttention().run(program)
     (found,) = flexes(program)
-    read_mask = mask if sp == 1 else [*mask, f"x{len(operands)}"]  # the keys that exist
+    read_mask = [*mask, f"x{len(operands)}"]  # the keys that exist
     functions = ((found.score, found.score_captured, score, 5), (found.mask, found.mask_captured, read_mask, 4))
     for function, captured, names, own in functions:
         graph = getattr(program.gm, function.target).graph
