@@ -60,7 +60,8 @@ def needed_by(attention: fx.Node, tokens: sympy.Symbol | None, counted: bool = F
     """
     args = ops.AttentionArgs(*attention.args)
     steps = {step.name: step for step in parse(args.rule)}
-    if args.empty_mean and not all(_shows_itself(step, args, tokens, counted) for step in _joined("mask", steps)):
+    terms = [steps.get(each) for each in _terms("mask", steps)] if "mask" in steps else []
+    if args.empty_mean and not all(each and _shows_itself(each, args, tokens, counted) for each in terms):
         return Reach(None, None)
     return reach_of(attention, tokens, counted)
 
@@ -96,7 +97,8 @@ def reach_of(attention: fx.Node, tokens: sympy.Symbol | None, counted: bool = Fa
     """
     args = ops.AttentionArgs(*attention.args)
     steps, values = {step.name: step for step in parse(args.rule)}, _values(args, tokens, counted)
-    bounds = [each for each in (_bound(step, values) for step in _joined("mask", steps)) if each is not None]
+    joined = [steps[each] for each in _terms("mask", steps) if each in steps]
+    bounds = [each for each in (_bound(step, values) for step in joined) if each is not None]
     back = [each.back for each in bounds if each.back is not None and each.back >= 1]
     ahead = [each.ahead for each in bounds if each.ahead is not None and each.ahead >= 0]
     return Reach(min(back, default=None), min(ahead, default=None))
@@ -112,14 +114,14 @@ def _values(args: ops.AttentionArgs, tokens: sympy.Symbol | None, counted: bool)
     return values
 
 
-def _joined(name: str, steps: dict[str, Assignment]) -> Iterator[Assignment]:
-    """The comparisons of which all must hold."""
+def _terms(name: str, steps: dict[str, Assignment]) -> Iterator[str]:
+    """Names of steps and operands of which all must hold."""
     step = steps.get(name)
     if step is not None and step.function in ("and", "copy"):
         for each in step.arguments:
-            yield from _joined(str(each), steps)
-    elif step is not None:
-        yield step
+            yield from _terms(str(each), steps)
+    else:
+        yield name
 
 
 def _bound(step: Assignment, values: dict[Any, _Linear | None]) -> Reach | None:

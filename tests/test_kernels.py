@@ -438,6 +438,16 @@ def test_queries_of_ranges_that_overlap_are_left_to_others():
     assert of_few_queries(regions) == ({0: [regions[2]]}, [regions[3], *regions[:2]])
 
 
+@pytest.mark.parametrize("queries", [3, 300])
+@pytest.mark.parametrize("kernel", ["tiles", "dense"])
+def test_values_may_have_another_dtype_than_queries_and_keys(queries: int, kernel: str):
+    q, k, v = inputs(4, 2, queries=queries)
+    rule, operands = masks(queries)["causal"]
+    mask = evaluate(rule, operands, ("mask",))["mask"]
+    v = v.bfloat16()
+    assert_close(attention((q, k, v), operands, rule, kernel), dense(q, k, v, mask), torch.float32)
+
+
 def test_few_queries_over_a_cache_of_lower_precision():
     q, k, v = inputs(4, 2, queries=3, keys=40)
     k, v = k.bfloat16(), v.bfloat16()

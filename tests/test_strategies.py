@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
 
 import sp_compile
 from sp_compile.errors import StrategyError
@@ -83,6 +85,37 @@ def padded(strategy: str) -> float:
 def test_rows_that_see_nothing_are_as_in_the_model(ranks, strategy: str):
     for worst in ranks(2).run(padded, strategy):
         assert worst <= 1e-5
+
+
+class Summed(nn.Module):
+    """Causal attention of which some inputs are running sums over tokens, which are computed on gathered tokens."""
+
+    def __init__(self, summed: str) -> None:
+        super().__init__()
+        self.summed = summed
+
+    def forward(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        parts = dict(zip("qkv", inputs_embeds.unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4), strict=True))
+        for name in self.summed:
+            parts[name] = parts[name].cumsum(2) / 10
+        return F.scaled_dot_product_attention(*parts.values(), is_causal=True)
+
+
+def of_sums(strategy: str) -> list[float]:
+    found = []
+    for summed in ("q", "k", "kv", "qkv"):
+        model = Summed(summed).eval()
+        parallel = sp_compile.parallelize(model, codegen="eager", attention=strategy)
+        for length in (64, 37):
+            x = torch.randn(1, length, 96, generator=torch.Generator().manual_seed(length))
+            found.append(error(parallel(inputs_embeds=x), model(inputs_embeds=x)))
+    return found
+
+
+@pytest.mark.parametrize("strategy", ["allgather_kv", "fetch", "ulysses"])
+def test_queries_and_keys_that_every_rank_has_whole(ranks, strategy: str):
+    for found in ranks(2).run(of_sums, strategy):
+        assert max(found) <= 1e-5
 
 
 def refused() -> dict[str, str]:

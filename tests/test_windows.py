@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from sp_compile import ops
 from sp_compile.needs import Reach
-from sp_compile.windows import reach_of, window_of
+from sp_compile.windows import needed_by, reach_of, window_of
 from tests.passes.graphs import after, embeds, qkv, repeated
 
 Mask = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -100,6 +100,34 @@ def test_positions_tell_how_far_where_they_are_known_to_count(forward: Any, coun
     program = after("propagate_placements", forward, embeds(32) | {"position_ids": torch.arange(11)[None]})
     (node,) = ops.attention_nodes(program.graph)
     assert reach_of(node, program.tokens, counted) == reach
+
+
+def written_out(mask: Mask) -> Any:
+    """A softmax by hand, with a mask value that leaves rows that see nothing the mean of all values."""
+
+    def forward(self: Any, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        q, k, v = qkv(inputs_embeds)
+        rows = torch.arange(inputs_embeds.shape[1])
+        scores = q @ repeated(k).transpose(-1, -2)
+        scores = scores.masked_fill(~mask(rows[:, None], rows[None, :]), torch.finfo(torch.float32).min)
+        return scores.softmax(-1) @ repeated(v)
+
+    return forward
+
+
+@pytest.mark.parametrize(
+    ("mask", "reach"),
+    [
+        (lambda q, k: (k <= q) & (k > q - 7), Reach(7, 0)),  # every row sees itself
+        (lambda q, k: (k <= q) & (k > q - 7) & (k > 3), Reach(None, None)),  # the first rows see nothing
+    ],
+)
+def test_rows_that_may_see_nothing_need_all_keys(mask: Mask, reach: Reach):
+    program = after("propagate_placements", written_out(mask), embeds(32))
+    (node,) = ops.attention_nodes(program.graph)
+    assert ops.AttentionArgs(*node.args).empty_mean
+    assert needed_by(node, program.tokens) == reach
+    assert reach_of(node, program.tokens) == Reach(7, 0)
 
 
 @pytest.mark.parametrize(

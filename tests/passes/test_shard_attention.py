@@ -150,3 +150,14 @@ def test_heads_are_spread_and_outputs_come_back():
 def test_a_mask_of_pairs_cannot_be_had_for_some_heads():
     with pytest.raises(StrategyError, match=r"has a value for every query and key.*fetch and allgather_kv apply"):
         after("shard_attention", unlifted, embeds(32), options={"shard_attention": {"strategy": "ulysses"}})
+
+
+def test_indices_of_activations_are_gathered_for_heads_and_not_taken_for_known():
+    def by_largest(self: Any, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        limits = inputs_embeds.max(-1)[1][0]
+        rows = torch.arange(inputs_embeds.shape[1])
+        seen = (rows[None, :] <= rows[:, None]) & (rows[None, :] >= rows[:, None] - limits[:, None])
+        return attention(inputs_embeds, seen[None, None])
+
+    after("localize_shapes", by_largest, embeds(32), options={"shard_attention": {"strategy": "ulysses"}})
+    after("localize_shapes", by_largest, embeds(32), cached="mixed")
