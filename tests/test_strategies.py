@@ -172,7 +172,8 @@ def of_heads(sizes: list[tuple[int, int]]) -> list[tuple[float, int]]:
     """Error and bytes of attention for models of so many query and key/value heads."""
     found = []
     for heads, kv_heads in sizes:
-        model = llama(num_hidden_layers=1, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=8)
+        sizes = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "hidden_size": 8 * heads}
+        model = llama(num_hidden_layers=1, **sizes)
         parallel = sp_compile.parallelize(model, codegen="eager", attention="ulysses")
         batch = requests([30, 1, 1, 50])
         with torch.no_grad():
