@@ -16,7 +16,13 @@ from tests.zoo.models import tokens
 
 pytest.importorskip("transformers")
 
-SIZES = [(2, "zigzag"), (2, "contiguous"), (3, "zigzag"), (4, "contiguous"), (8, "zigzag")]
+SIZES = [
+    (2, "zigzag"),
+    (2, "contiguous"),
+    (3, "zigzag"),
+    pytest.param(4, "contiguous", marks=pytest.mark.slow),
+    pytest.param(8, "zigzag", marks=pytest.mark.slow),
+]
 
 
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:

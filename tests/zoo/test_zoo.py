@@ -62,6 +62,7 @@ SOME = ("llama", "gpt2", "falcon", "diffllama", "hrm_text", "mistral", "mllama",
         "jetmoe", "deepseek_v3", "axk2", "qwen3_5_text", "pegasus", "whisper", "prophetnet", "bloom", "xlnet",
         "roberta", "roformer", "gemma3_text", "llama4_text", "gpt_oss", "lfm3")  # fmt: skip
 SOME_MIXING = ("axk2", "lfm3", "xlnet")  # the others take long
+SOME_GENERATED = ("mistral", "mixtral", "deepseek_v3")
 SOME_ISOLATED = ("gpt_oss", "bloom", "roberta")
 
 
@@ -142,7 +143,9 @@ def test_models_of_several_graphs_are_refused_with_the_place(ranks, name: str):
     assert "does not capture into one graph at File" in outcome.raised
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "mixtral", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "name", ["llama", "gpt_oss", *(pytest.param(each, marks=pytest.mark.slow) for each in SOME_GENERATED)]
+)
 def test_generated_code_is_right(ranks, name: str):
     first, _ = ranks(2).run(compare, name, best_kind(name), codegen="inductor", timeout=900)
     check(first, name)
