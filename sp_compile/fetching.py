@@ -18,9 +18,8 @@ import numpy as np
 from sp_compile.kernels.runs import crossed
 from sp_compile.layout import TokenLayout
 from sp_compile.ledger import Ledger, Window
+from sp_compile.needs import FEWEST
 from sp_compile.storage import Storage
-
-FEWEST = 2  # rows that are picked: code is generated for any number from 2 on
 
 
 def fetches(counts: np.ndarray, pasts: np.ndarray, query_bytes: int, key_bytes: int, window: Window) -> np.ndarray:

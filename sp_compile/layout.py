@@ -157,6 +157,7 @@ def choose_scheme(lengths: Sequence[int], sp: int, pairs_per_token: float) -> st
     return next(each for each in AUTO if spans[each] <= AS_GOOD * best)
 
 
+@lru_cache(maxsize=64)
 def makespan(layout: TokenLayout, pairs_per_token: float) -> float:
     """What the slowest rank does, in pairs of query and key under a causal mask."""
     lengths = np.asarray(layout.lengths)

@@ -72,6 +72,7 @@ def index_inputs(layout: TokenLayout, rank: int, reaches: Sequence[Reach], apart
     return {name: torch.from_numpy(each) for name, each in found.items()}
 
 
+@lru_cache(maxsize=64)
 def received(layout: TokenLayout, reach: Reach, apart: bool) -> int:
     """Rows that the rank which needs most receives."""
     found = 0
@@ -118,6 +119,7 @@ def choose_strategies(layout: TokenLayout, attentions: Sequence[Attention], apar
     return tuple(found)
 
 
+@lru_cache(maxsize=64)
 def whole_on_ranks(layout: TokenLayout) -> bool:
     """Whether every request lies whole on one rank."""
     request = np.repeat(np.arange(len(layout.lengths)), layout.lengths)
