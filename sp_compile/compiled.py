@@ -177,8 +177,15 @@ class Analysis:
     names: list[str]
     program: Program
     apart: set[tuple[tuple[int, ...], bool]] = field(default_factory=set)
+    _attentions: dict[bool, list[needs.Attention]] = field(default_factory=dict)
 
     def attentions(self, counted: bool) -> list[needs.Attention]:
+        """As :meth:`_read`, read once."""
+        if counted not in self._attentions:
+            self._attentions[counted] = self._read(counted)
+        return self._attentions[counted]
+
+    def _read(self, counted: bool) -> list[needs.Attention]:
         """What decides by which strategies the attentions run.
 
         Args:
