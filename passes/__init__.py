@@ -9,6 +9,7 @@ from sp_compile.passes.lower_attention import LowerAttention
 from sp_compile.passes.lower_redistributes import LowerRedistributes
 from sp_compile.passes.minimize_communication import MinimizeCommunication
 from sp_compile.passes.normalize import Normalize
+from sp_compile.passes.overlap_communication import OverlapCommunication
 from sp_compile.passes.plan_attention import PlanAttention
 from sp_compile.passes.propagate_placements import PropagatePlacements
 from sp_compile.passes.raise_attention import RaiseAttention
@@ -31,4 +32,5 @@ DEFAULT = (
     LowerRedistributes,
     LocalizeShapes,
     LowerAttention,
+    OverlapCommunication,
 )

@@ -54,7 +54,8 @@ SHAPE_ARGUMENT = {
 CACHE_SIZES = {"new_rows": "new_tokens", "kept_rows": "kept"}
 NUMBERED_SIZES = {"held_index": "slots", "held_valid": "slots", "picked_queries": "queries", "queries_index": "queries",
                   "picked_past": "past", "seen_index": "past", "seen_valid": "past", "fetch_rows": "sent",
-                  "fetched_rows": "fetched", "reach_index": "fetched", "reach_valid": "fetched"}  # fmt: skip
+                  "fetched_rows": "fetched", "reach_index": "fetched", "reach_valid": "fetched",
+                  "stage_index": "fetched", "stage_valid": "fetched"}  # fmt: skip
 EXAMPLE = 24
 
 
@@ -157,7 +158,7 @@ class _Shapes:
         rows, sp = self._shard_length(), self.program.sp
         device = self._device()
         with self.mode:
-            if name == "rank":
+            if name in ("rank", "node_rank"):
                 return torch.empty((), dtype=torch.int64, device=device)
             if name in ("gathered_valid", "local_valid"):
                 return torch.empty(rows * (sp if name[0] == "g" else 1), dtype=torch.bool, device=device)
@@ -169,8 +170,9 @@ class _Shapes:
             if shelf.isdecimal():
                 dtype = torch.bool if what.endswith("_valid") else torch.int64
                 return torch.empty(self._numbered_size(what, shelf), dtype=dtype, device=device)
-            if name in ("local_index", "gathered_index"):
-                size = rows if name == "local_index" else rows * sp
+            ranks = {"local_index": 1, "gathered_index": sp, "node_index": self.program.nodes and self.program.nodes.size}
+            if name in ranks:
+                size = rows * ranks[name]
             elif name in CACHE_SIZES or (name == "restore_index" and self.program.cached):
                 size = self.symbol(CACHE_SIZES.get(name, "new_tokens"), EXAMPLE)
             else:

@@ -93,6 +93,8 @@ class _Lowering:
             assert args.plan is not None
             seen = self._once(torch.ops.sp_compile.seen_rows.default, *args.plan.args)  # planned from the same
             out = self.graph.call_function(torch.ops.sp_compile.fill_empty.default, (out, args.v, seen, args.valid))
+        if args.partial:
+            out = self.graph.call_function(aten.to.dtype, (out, torch.float32))
         for i, value in enumerate((out, lse)):
             part = ops.attention_part(node, i)
             if part is not None:

@@ -1,4 +1,4 @@
-"""Replace every change of placement by index selections and functional collectives.
+"""Replace every change of placement by index selections, functional collectives and exchanges of rows.
 
 Requires: ``gathered_once``, ``placed``.
 Establishes: ``lowered``.
@@ -9,17 +9,20 @@ Collectives run over rows: the token dim comes first, so ranks stack in padded S
 Before::
 
     %all: f32[T, 64] Gathered(0) = redistribute(%rows)
+    %near: f32[T, 64] Gathered(0, reach_0) = redistribute(%rows)
     %whole: f32[1, T, 128] Replicate = redistribute(%logits)
 
 After::
 
     %all = c10d.all_gather_into_tensor(%rows, 2, 'sp'); %wait = c10d.wait_tensor(%all)
+    %others = sp_compile.exchange_rows(%rows, ...); %wait_1 = c10d.wait_tensor(%others); %near = aten.cat([%rows, %wait_1])
     ...; %whole = aten.index_select(%gathered, 0, %restore_index), permuted back
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import getitem
@@ -33,6 +36,7 @@ from sp_compile.invariants import GATHERED_ONCE, KEYS_PADDED, LOWERED, PLACED, R
 from sp_compile.pipeline import Pass
 from sp_compile.placements import (
     LOCAL_ROWS,
+    NODE_ROWS,
     Gathered,
     Heads,
     Held,
@@ -45,7 +49,7 @@ from sp_compile.placements import (
     describe,
 )
 from sp_compile.program import Program, gathered_index, placement
-from sp_compile.symbols import shape_of
+from sp_compile.symbols import shape_of, tensors_of
 
 aten = torch.ops.aten
 c10d = torch.ops._c10d_functional
@@ -70,11 +74,21 @@ class LowerRedistributes(Pass):
             builder = _Builder(program, node)
             with program.graph.inserting_before(node):
                 result = lower(builder, node)
-            if result is not node.args[0]:
-                result.meta["placement"] = placement(node)
-            node.replace_all_uses_with(result)
+            if isinstance(result, fx.Node):
+                _replace(node, result)
+                continue
+            for part in [*node.users]:
+                assert isinstance(part.args[1], int)
+                _replace(part, result[part.args[1]])
             program.graph.erase_node(node)
         program.remove_dead_code()
+
+
+def _replace(node: fx.Node, result: fx.Node) -> None:
+    if result is not node.args[0]:
+        result.meta["placement"] = placement(node)
+    node.replace_all_uses_with(result)
+    node.graph.erase_node(node)
 
 
 @dataclass
@@ -112,15 +126,23 @@ class _Builder:
 
     def all_gather(self, rows: fx.Node) -> fx.Node:
         """Rows of all ranks, stacked."""
+        return self._gathered(rows, self.program.sp, self.program.group_name)
+
+    def of_node(self, rows: fx.Node) -> fx.Node:
+        """Rows of the ranks of the node, stacked."""
+        assert self.program.nodes is not None
+        return self._gathered(rows, self.program.nodes.size, self.program.nodes.inner)
+
+    def _gathered(self, rows: fx.Node, ranks: int, group_name: str) -> fx.Node:
         dense = self._dense(rows)
-        if self.program.sp == 1:
+        if ranks == 1:
             return dense
-        gathered = self.call(c10d.all_gather_into_tensor.default, dense, self.program.sp, self.program.group_name)
+        gathered = self.call(c10d.all_gather_into_tensor.default, dense, ranks, group_name)
         return self.call(c10d.wait_tensor.default, gathered)
 
     def constant(self, lists: Sequence[Sequence[int]]) -> fx.Node:
         """Numbers of heads as a tensor."""
-        value = torch.tensor(lists, device=self.origin.meta["val"].device)
+        value = torch.tensor(lists, device=tensors_of(self.origin)[0].device)
         name = f"heads_{hashlib.sha256(str(lists).encode()).hexdigest()[:8]}"
         if not hasattr(self.program.gm, name):
             self.program.gm.register_buffer(name, value, persistent=False)
@@ -128,45 +150,89 @@ class _Builder:
         node.meta["val"] = value
         return node
 
-    def to_heads(self, source: fx.Node, lists: Sequence[Sequence[int]]) -> fx.Node:
-        """The rank's heads of everyone's rows, ``[batch, heads, sp * rows, dim]``, from all heads of the rank's."""
-        sp, own = len(lists), len(lists[0])
+    def to_heads(self, sources: Sequence[fx.Node], wanted: Sequence[Heads]) -> list[fx.Node]:
+        """The rank's heads of everyone's rows, ``[batch, heads, rows, dim]``, from all heads of the rank's; in one."""
+        nodes, ranks = self.program.nodes, len(wanted[0].lists)
+        parts = [self._by_rank(each, heads.lists) for each, heads in zip(sources, wanted, strict=True)]
+        widths = [math.prod(each.meta["val"].shape[dim] for dim in (0, 3)) * len(heads.lists[0])
+                  for each, heads in zip(sources, wanted, strict=True)]  # fmt: skip
+        within = nodes is not None and ranks != self.program.sp
+        rows = self.all_to_all(self._joined(parts), "local_index", within)
+        pieces = self._split(rows, widths)
+        across = [i for i, heads in enumerate(wanted) if within and not heads.of]
+        if across:
+            assert nodes is not None
+            joined = self._joined([pieces[i] for i in across])
+            whole = self._gathered(joined, self.program.sp // nodes.size, nodes.outer)
+            for i, each in zip(across, self._split(whole, [widths[i] for i in across]), strict=True):
+                pieces[i] = each
+        found = []
+        for source, heads, piece in zip(sources, wanted, pieces, strict=True):
+            batch, _, _, dim = source.meta["val"].shape
+            shape = self.call(aten.unflatten.int, piece, 1, [batch, len(heads.lists[0]), dim])
+            found.append(self.call(aten.permute.default, shape, [1, 2, 0, 3]))
+        return found
+
+    def _by_rank(self, source: fx.Node, lists: Sequence[Sequence[int]]) -> fx.Node:
+        """What goes to each rank, one behind the other: ``[ranks * rows, batch * heads * dim]``."""
         sent = [head for each in lists for head in each]
-        if sent != [*range(int(self.origin.meta["val"].shape[1]))]:
+        if sent != [*range(int(source.meta["val"].shape[1]))]:
             flat = self.call(aten.flatten.using_ints, self.constant(lists))
             source = self.call(aten.index_select.default, source, 1, flat)
-        parts = self.call(aten.unflatten.int, source, 1, [sp, own])
+        parts = self.call(aten.unflatten.int, source, 1, [len(lists), len(lists[0])])
         ranks_first = self.call(aten.permute.default, parts, [1, 3, 0, 2, 4])  # rank, row, batch, head, dim
-        rows = self.call(aten.flatten.using_ints, ranks_first, 0, 1)
-        return self.call(aten.permute.default, self.all_to_all(rows, "local_index"), [1, 2, 0, 3])
+        return self.call(aten.flatten.using_ints, self.call(aten.flatten.using_ints, ranks_first, 2, 4), 0, 1)
+
+    def _joined(self, parts: Sequence[fx.Node]) -> fx.Node:
+        return self.call(aten.cat.default, list(parts), 1) if len(parts) > 1 else parts[0]
+
+    def _split(self, joined: fx.Node, widths: Sequence[int]) -> list[fx.Node]:
+        if len(widths) == 1:
+            return [joined]
+        parts = self.call(aten.split_with_sizes.default, joined, list(widths), 1)
+        return [self.call(getitem, parts, i) for i in range(len(widths))]
 
     def from_heads(self, source: fx.Node, lists: Sequence[Sequence[int]]) -> fx.Node:
         """All heads of the rank's rows; a log-sum-exp has no last dim."""
-        sp, heads = len(lists), 1 + max(head for each in lists for head in each)
+        ranks, heads = len(lists), 1 + max(head for each in lists for head in each)
         scalar = len(shape_of(source)) == 3
         value = self.call(aten.unsqueeze.default, source, -1) if scalar else source
-        rows = self.all_to_all(self.call(aten.permute.default, value, [2, 0, 1, 3]), "local_index")
-        parts = self.call(aten.unflatten.int, rows, 0, [sp, -1])  # rank, row, batch, head, dim
+        rows = self.call(aten.permute.default, value, [2, 0, 1, 3])
+        rows = self.all_to_all(rows, "local_index", ranks != self.program.sp)
+        parts = self.call(aten.unflatten.int, rows, 0, [ranks, -1])  # rank, row, batch, head, dim
         together = self.call(aten.permute.default, parts, [2, 0, 3, 1, 4])
         value = self.call(aten.flatten.using_ints, together, 1, 2)
         if sum(map(len, lists)) != heads:
             value = self.call(aten.slice.Tensor, value, 1, 0, heads)
         return self.call(aten.squeeze.dim, value, -1) if scalar else value
 
-    def all_to_all(self, rows: fx.Node, picked: str) -> fx.Node:
-        """The r-th part of every rank's rows on rank r, stacked; ``picked`` is the index input with its rows."""
+    def own_heads(self, source: fx.Node, wanted: Heads) -> fx.Node:
+        """The rank's heads of what it has of all heads."""
+        name = "rank" if len(wanted.lists) == self.program.sp else "node_rank"
+        rank = self.call(aten.reshape.default, self.index(name), [1])
+        own = self.call(aten.index_select.default, self.constant(wanted.lists), 0, rank)
+        return self.call(aten.index_select.default, source, wanted.dim, self.call(aten.flatten.using_ints, own))
+
+    def all_to_all(self, rows: fx.Node, picked: str, within: bool = False) -> fx.Node:
+        """The r-th part of every rank's rows on rank r, stacked; ``picked`` is the index input with its rows.
+
+        Args:
+            within: among the ranks of a node.
+        """
         dense = self._dense(rows)
         if self.program.sp == 1:
             return dense
-        rank_rows = [self.call(aten.sym_size.int, self.index(picked), 0)] * self.program.sp
-        args = (dense, rank_rows, rank_rows, self.program.group_name)
+        nodes = self.program.nodes
+        ranks, name = (nodes.size, nodes.inner) if within and nodes else (self.program.sp, self.program.group_name)
+        rank_rows = [self.call(aten.sym_size.int, self.index(picked), 0)] * ranks
+        args = (dense, rank_rows, rank_rows, name)
         return self.call(c10d.wait_tensor.default, self.call(c10d.all_to_all_single.default, *args))
 
-    def exchange(self, rows: fx.Node, reach: str) -> fx.Node:
-        """The rows of others that this rank's queries see."""
-        sent = self.call(aten.index_select.default, rows, 0, self.index(f"fetch_rows_{reach}"))
-        counts, received = self.index(f"fetch_counts_{reach}"), self.index(f"fetched_rows_{reach}")
-        return self.call(_exchange_rows, sent, counts, received, self.program.group_name)
+    def exchange(self, rows: fx.Node, fetch: str) -> fx.Node:
+        """The rows of others that a fetch brings."""
+        names = ("fetch_rows", "fetch_counts", "fetched_rows")
+        index = [self.index(f"{name}_{fetch}") for name in names]
+        return self.call(c10d.wait_tensor.default, self.call(_exchange_rows, rows, *index, self.program.group_name))
 
     def all_reduce(self, node: fx.Node) -> fx.Node:
         """Sum over ranks."""
@@ -184,10 +250,16 @@ def _redistribute(build: _Builder, node: fx.Node) -> fx.Node:
             return _cut(build, source, wanted)
         case Shard(), Gathered(of=of) if of == LOCAL_ROWS:
             return source
+        case Shard(order="", rows=0), Gathered(of=of) if of == NODE_ROWS:
+            rows, dim = build.rows_first(source, held)
+            return build.rows_back(build.of_node(rows), held, dim)
         case Shard(order="", rows=0), Gathered(of=of) if of:
             rows, dim = build.rows_first(source, held)
-            fetched = build.exchange(rows, of.rpartition("_")[2])
-            return build.rows_back(build.call(aten.cat.default, [rows, fetched]), held, dim)
+            kind, _, number = of.rpartition("_")
+            found = build.exchange(rows, number)
+            if kind == "reach":
+                found = build.call(aten.cat.default, [rows, found])
+            return build.rows_back(found, held, dim)
         case Shard(order="", rows=0), Replicate() | Gathered():
             rows, dim = build.rows_first(source, held)
             rows = build.all_gather(rows)
@@ -204,14 +276,11 @@ def _redistribute(build: _Builder, node: fx.Node) -> fx.Node:
             rows, dim = build.rows_first(source, Shard(held.dim))
             return build.rows_back(build.all_gather(rows), Shard(held.dim), dim)
         case Shard(dim=2, order="", rows=0), Heads():
-            return build.to_heads(source, wanted.lists)
+            return build.to_heads([source], [wanted])[0]
         case Heads(), Shard():
             return build.from_heads(source, held.lists)
         case Replicate() | Gathered(), Heads():
-            rank = build.call(aten.reshape.default, build.index("rank"), [1])
-            own = build.call(aten.index_select.default, build.constant(wanted.lists), 0, rank)
-            own = build.call(aten.flatten.using_ints, own)
-            return build.call(aten.index_select.default, source, wanted.dim, own)
+            return build.own_heads(source, wanted)
         case Replicate(), Gathered():
             return build.call(aten.index_select.default, source, wanted.dim, build.index(gathered_index(wanted)))
         case Replicate(), Held():
@@ -230,6 +299,10 @@ def _redistribute(build: _Builder, node: fx.Node) -> fx.Node:
         case Partial(), Replicate():
             return build.all_reduce(source)
     raise AssertionError(f"no way from {describe(held)} to {describe(wanted)}")
+
+
+def _spread_heads(build: _Builder, node: fx.Node) -> list[fx.Node]:
+    return build.to_heads([*node.args], placement(node))
 
 
 def _cut(build: _Builder, source: fx.Node, wanted: Shard) -> fx.Node:
@@ -267,7 +340,7 @@ def _select_rows(build: _Builder, node: fx.Node) -> fx.Node:
     return build.call(aten.where.ScalarOther, mask, found, 0.0)
 
 
-def _exchange_partials(build: _Builder, node: fx.Node) -> fx.Node:
+def _exchange_partials(build: _Builder, node: fx.Node) -> list[fx.Node]:
     """Outputs and log-sum-exps travel together, with the rows in front; an exponent of fp32 is two numbers of bf16."""
     out, lse = node.args
     dtype, wide = out.meta["val"].dtype, lse.meta["val"].dtype
@@ -285,11 +358,7 @@ def _exchange_partials(build: _Builder, node: fx.Node) -> fx.Node:
     sums = build.call(aten.slice.Tensor, moved, -1, width)
     if dtype != wide:
         sums = build.call(aten.view.dtype, build.call(aten.contiguous.default, sums), wide)
-    return build.call(_pair, own, build.call(aten.squeeze.dim, sums, -1))
-
-
-def _pair(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return first, second
+    return [own, build.call(aten.squeeze.dim, sums, -1)]
 
 
 def _row_numbers(build: _Builder, node: fx.Node) -> fx.Node:
@@ -300,8 +369,9 @@ def _row_numbers(build: _Builder, node: fx.Node) -> fx.Node:
     return build.call(aten.add.Tensor, rows, length) if isinstance(start, int) and start < 0 else rows
 
 
-_LOWERINGS: dict[Any, Callable[[_Builder, fx.Node], fx.Node]] = {
+_LOWERINGS: dict[Any, Callable[[_Builder, fx.Node], fx.Node | list[fx.Node]]] = {
     ops.redistribute: _redistribute,
+    ops.spread_heads: _spread_heads,
     ops.select_rows: _select_rows,
     ops.exchange_partials: _exchange_partials,
     ops.row_numbers: _row_numbers,

@@ -29,9 +29,8 @@ from torch import fx
 from sp_compile import ops
 from sp_compile.invariants import GATHERED_ONCE, KEYS_PADDED, RESTORED
 from sp_compile.pipeline import Pass
-from sp_compile.placements import Gathered, Picked, Placement, Shard, gathers_all
-from sp_compile.program import Program, placement
-from sp_compile.symbols import computed
+from sp_compile.placements import Gathered, Heads, Picked, Placement, Shard, gathers_all
+from sp_compile.program import Program, add_call, placement
 
 aten = torch.ops.aten
 
@@ -58,6 +57,7 @@ class MinimizeCommunication(Pass):
                 for k, v in zip(*map(_gathers, keys_and_values), strict=True):
                     if k is not v and all(map(_is_gather, (k, v))) and not _join(program, [k, v, *to_cache]):
                         _join(program, [k, v])
+                _spread_together(program.graph, [q, *keys_and_values])
         program.remove_dead_code()
 
     def _gather_once(self, program: Program) -> None:
@@ -81,6 +81,24 @@ class MinimizeCommunication(Pass):
                     node.args = (first,)
 
 
+def _spread_together(graph: fx.Graph, moves: list[fx.Node]) -> None:
+    """Spread the heads of queries, keys and values in one collective."""
+    moves = [*dict.fromkeys(moves)]
+    sources: list[Any] = [each.args[0] for each in moves]
+    if any(each.target is not ops.redistribute or not isinstance(placement(each), Heads) for each in moves):
+        return
+    alike = {(placement(each), each.meta["val"].dtype) for each in sources}
+    if len(moves) == 1 or len(alike) > 1 or not isinstance(placement(sources[0]), Shard):
+        return
+    with graph.inserting_before(max(moves).next):
+        placed = tuple(map(placement, moves))
+        spread = add_call(graph, ops.spread_heads, sources, placed, like=moves[0])
+        for i, each in enumerate(moves):
+            each.replace_all_uses_with(add_call(graph, getitem, (spread, i), placed[i]))
+    for each in moves:
+        graph.erase_node(each)
+
+
 def _gathers(keys: Any) -> Sequence[Any]:
     """What brings keys or values together: all new ones, and earlier ones that were picked."""
     return keys.args[:2] if keys.target is ops.joined_keys else (keys,)
@@ -97,15 +115,15 @@ def _join(program: Program, gathers: list[fx.Node]) -> bool:
     graph, before = program.graph, last.next
     with graph.inserting_before(before):
         flat = [_rows(graph, source, rows) for source in sources]
-        joined = _call(graph, aten.cat.default, (flat, 1), rows)
-        gathered = _call(graph, ops.redistribute, (joined,), everyone)
+        joined = add_call(graph, aten.cat.default, (flat, 1), rows)
+        gathered = add_call(graph, ops.redistribute, (joined,), everyone)
         widths = [each.meta["val"].shape[1] for each in flat]
-        parts = _call(graph, aten.split_with_sizes.default, (gathered, widths, 1), (everyone,) * len(gathers))
+        parts = add_call(graph, aten.split_with_sizes.default, (gathered, widths, 1), (everyone,) * len(gathers))
         for i, (each, source) in enumerate(zip(gathers, sources, strict=True)):
-            part = _call(graph, getitem, (parts, i), everyone)
+            part = add_call(graph, getitem, (parts, i), everyone)
             batch, heads, _, width = source.meta["val"].shape
-            shape = _call(graph, aten.unflatten.int, (part, 1, [batch, heads, width]), everyone)
-            back = _call(graph, aten.permute.default, (shape, [1, 2, 0, 3]), replace(everyone, dim=2))
+            shape = add_call(graph, aten.unflatten.int, (part, 1, [batch, heads, width]), everyone)
+            back = add_call(graph, aten.permute.default, (shape, [1, 2, 0, 3]), replace(everyone, dim=2))
             back.meta["stack_trace"] = each.meta.get("stack_trace")
             each.replace_all_uses_with(back)
         gathered.meta["stack_trace"] = gathers[0].meta.get("stack_trace")
@@ -124,11 +142,5 @@ def _is_gather(node: fx.Node) -> bool:
 
 def _rows(graph: fx.Graph, source: fx.Node, placed: Placement) -> fx.Node:
     """``[tokens, everything else]``."""
-    tokens_first = _call(graph, aten.permute.default, (source, [2, 0, 1, 3]), placed)
-    return _call(graph, aten.flatten.using_ints, (tokens_first, 1, -1), placed)
-
-
-def _call(graph: fx.Graph, target: Any, args: tuple[Any, ...], placed: Any) -> fx.Node:
-    node = computed(graph, target, args)
-    node.meta["placement"] = placed
-    return node
+    tokens_first = add_call(graph, aten.permute.default, (source, [2, 0, 1, 3]), placed)
+    return add_call(graph, aten.flatten.using_ints, (tokens_first, 1, -1), placed)

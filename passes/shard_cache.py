@@ -60,8 +60,8 @@ from sp_compile.placements import (
     Shard,
     describe,
 )
-from sp_compile.program import Program, moved, op_name, placement, source_line
-from sp_compile.symbols import computed, is_float, is_tensor
+from sp_compile.program import Program, add_call, moved, op_name, placement, source_line
+from sp_compile.symbols import is_float, is_tensor
 from sp_compile.windows import window_of
 
 LSE_BYTES = 4
@@ -238,9 +238,7 @@ class _Cache:
 
     def _call(self, before: fx.Node, target: Any, args: tuple[Any, ...], origin: fx.Node, placed: Any) -> fx.Node:
         with self.program.graph.inserting_before(before):
-            node = computed(self.program.graph, target, args)
-        node.meta.update(placement=placed, stack_trace=origin.meta.get("stack_trace"))
-        return node
+            return add_call(self.program.graph, target, args, placed, like=origin)
 
 
 def _windows(program: Program, attentions: Sequence[fx.Node]) -> dict[fx.Node, Window]:

@@ -35,7 +35,8 @@ def parallelize(
     Args:
         model: an unmodified decoder in eval mode, with the same weights on every rank.
         sp: ranks that share one batch; by default all of ``mesh`` or of the world.
-        mesh: a 1-D ``DeviceMesh``. Without it the world group is used, or split into groups of ``sp`` adjacent ranks.
+        mesh: a ``DeviceMesh``, 1-D, or 2-D as (nodes, ranks of a node). Without it the world group is used, or split
+            into groups of ``sp`` adjacent ranks.
         config: a YAML file, a mapping or a :class:`~sp_compile.config.CompileConfig`.
         **overrides: fields of ``CompileConfig``, such as ``scheme="contiguous"``, ``outputs="sharded"``,
             ``codegen="eager"`` or ``strict=True``.
@@ -53,7 +54,9 @@ def parallelize(
         _check_model(model)
         parallel = ParallelModule(model, group, chosen)
         check_complete(parallel.pipeline)
+        meshes.check_nodes(group, chosen.ranks_per_node)
         fields.update(_model_fields(model, chosen))
+    parallel.group = meshes.with_nodes(group, chosen.ranks_per_node)
     return parallel
 
 
@@ -75,7 +78,8 @@ def explain(
         The errors that :func:`parallelize` and the first forward would raise.
     """
     _check_model(model)
-    return ParallelModule(model, meshes.pretend(sp), compile_config(config, **overrides)).explain(batch)
+    chosen = compile_config(config, **overrides)
+    return ParallelModule(model, meshes.pretend(sp, chosen.ranks_per_node), chosen).explain(batch)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,11 @@ def process_group(name: str) -> Any:
     return distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]
 
 
+def register_work(tensor: torch.Tensor, work: Any) -> None:
+    """Let ``wait_tensor`` of a tensor wait for work that writes it."""
+    torch._C._distributed_c10d._register_work(tensor, work)  # type: ignore[attr-defined]
+
+
 def size_source(name: str) -> Any:
     """A source for the symbol of a size, such that the symbol's number is 90 or more.
 

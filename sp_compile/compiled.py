@@ -151,15 +151,15 @@ class Variant:
         Raises:
             StrategyError: nothing is to be exchanged, and a request is on several ranks.
         """
-        if "local_valid" in self.index_names and not (step.apart and needs.whole_on_ranks(step.layout)):
+        if self.program.local and not (step.apart and needs.whole_on_ranks(step.layout)):
             raise StrategyError(
                 "strategy local exchanges nothing, but requests of this batch lie on several ranks or may see each "
                 "other; use scheme='whole' and short requests from pack, or attention='fetch'"
             )
-        if not self.program.reaches:
+        if not self.program.fetches:
             return step
         rank = int(step.index_inputs["rank"])
-        found = needs.index_inputs(step.layout, rank, self.program.reaches, step.apart)
+        found = needs.index_inputs(step.layout, rank, self.program.fetches, step.apart)
         device = step.index_inputs["rank"].device
         moved = {name: each if "counts" in name else each.to(device) for name, each in found.items()}
         return replace(step, index_inputs={**step.index_inputs, **moved})

@@ -26,7 +26,7 @@ CHOICES = {
     "cache_dtype": (None, "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"),
 }
 Config = TypeVar("Config", "CompileConfig", "JobConfig")
-AT_LEAST_1 = ("sp", "repeats", "max_requests", "max_tokens", "max_new_tokens", "prefill_tokens")
+AT_LEAST_1 = ("sp", "ranks_per_node", "repeats", "max_requests", "max_tokens", "max_new_tokens", "prefill_tokens")
 
 
 class _Checked:
@@ -52,7 +52,9 @@ class CompileConfig(_Checked):
         codegen: ``inductor`` generates code, ``eager`` runs the rewritten graph as it is.
         strict: refuse ops that have no rule, instead of computing them on gathered inputs.
         attention: strategy for attention, see the pass ``shard_attention``: ``allgather_kv``, ``fetch``, ``window``,
-            ``local``, ``ulysses``, or ``auto`` for what brings least to the rank that needs most.
+            ``local``, ``ring``, ``ulysses``, ``hybrid``, or ``auto`` for what is predicted to be fastest for the batch.
+        ranks_per_node: how many adjacent ranks are a node, for ``hybrid``; null where that does not matter, or where
+            ``parallelize`` gets a mesh.
         kernel: what computes attention on a rank: ``tiles``, ``flex``, ``dense``, ``dense_fp64``, or ``auto`` for what
             suits the device.
         verify_passes: check the graph's invariants after every pass.
@@ -65,6 +67,7 @@ class CompileConfig(_Checked):
     codegen: str = "inductor"
     strict: bool = False
     attention: str = "allgather_kv"
+    ranks_per_node: int | None = None
     kernel: str = "auto"
     verify_passes: bool = True
     check_inputs: bool = True

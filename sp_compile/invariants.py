@@ -23,6 +23,7 @@ from sp_compile.placements import (
     describe,
     gathers_all,
 )
+from sp_compile.collectives import depends, is_heavy, is_start, is_wait
 from sp_compile.program import Program, op_name, placement, uncut_tokens
 from sp_compile.requests import keeps_apart
 from sp_compile.rules import Call, NoRule, apply
@@ -96,7 +97,7 @@ def _placed(program: Program) -> None:
 def _by_the_rules(program: Program) -> None:
     assert program.tokens is not None
     for node in program.graph.nodes:
-        if node.op != "call_function" or node.target is ops.redistribute:
+        if node.op != "call_function" or node.target in (ops.redistribute, ops.spread_heads):
             continue
         if op_name(node) == "getitem":
             source = placement(node.args[0])
@@ -215,10 +216,13 @@ def _gathered_once(program: Program) -> None:
                 raise Violation(node, f"%{node.args[0].name} gathered once, by %{first.name}", "gathered again")
 
 
+_NOT_LOWERED = (ops.redistribute, ops.spread_heads, ops.select_rows, ops.row_numbers, ops.exchange_partials)
+
+
 def _lowered(program: Program) -> None:
     for node in program.graph.nodes:
-        if node.target in (ops.redistribute, ops.select_rows, ops.row_numbers, ops.exchange_partials):
-            raise Violation(node, "index selections and functional collectives only", op_name(node))
+        if node.target in _NOT_LOWERED:
+            raise Violation(node, "index selections, functional collectives and exchanges of rows only", op_name(node))
 
 
 def _local(program: Program) -> None:
@@ -230,6 +234,19 @@ def _local(program: Program) -> None:
             stale = [size for size in value.shape if program.tokens in getattr(expr(size), "free_symbols", ())]
             if stale:
                 raise Violation(node, "shapes of the local view", f"global size {stale[0]}")
+
+
+def _overlapped(program: Program) -> None:
+    nodes = [*program.graph.nodes]
+    for i, node in enumerate(nodes):
+        if is_wait(node):
+            following = next(filter(is_heavy, nodes[i + 1 :]), None)
+            if following is not None and not depends(following, node):
+                raise Violation(node, "a wait behind all work that does not need it", f"%{following.name} after it")
+        elif is_start(node):
+            before = next((each for each in reversed(nodes[:i]) if is_heavy(each) or is_wait(each)), None)
+            if before is not None and is_heavy(before) and not depends(node, before):
+                raise Violation(node, "a collective before all work that it does not need", f"%{before.name} before it")
 
 
 FUNCTIONAL = Invariant("functional", _functional)
@@ -246,3 +263,4 @@ RESTORED = Invariant("outputs_restored", _outputs_restored)
 GATHERED_ONCE = Invariant("gathered_once", _gathered_once)
 LOWERED = Invariant("lowered", _lowered)
 LOCAL = Invariant("local_shapes", _local)
+OVERLAPPED = Invariant("overlapped", _overlapped)

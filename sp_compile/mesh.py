@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -13,14 +13,31 @@ import torch.distributed as dist
 from sp_compile.errors import MeshError
 
 
+class Nodes(NamedTuple):
+    """How the ranks that share a batch lie on nodes, those of one node next to each other.
+
+    Attributes:
+        size: ranks of a node.
+        inner, outer: names of the group of a rank's node, and of the group of its peers, one on each node.
+    """
+
+    size: int
+    inner: str
+    outer: str
+
+
 @dataclass(frozen=True)
 class Group:
-    """The ranks that share one batch: how many, which of them this is, and the group of their collectives."""
+    """The ranks that share one batch: how many, which of them this is, and the group of their collectives.
+
+    ``nodes`` are theirs, where they are known.
+    """
 
     size: int
     rank: int
     name: str
     process_group: Any = None
+    nodes: Nodes | None = None
 
 
 def single() -> Group:
@@ -28,9 +45,13 @@ def single() -> Group:
     return Group(1, 0, "")
 
 
-def pretend(sp: int) -> Group:
+def pretend(sp: int, ranks_per_node: int | None = None) -> Group:
     """``sp`` ranks that do not exist, for looking at graphs in one process."""
-    return Group(sp, 0, "pretend")
+    group = Group(sp, 0, "pretend")
+    check_nodes(group, ranks_per_node)
+    if ranks_per_node is None:
+        return group
+    return replace(group, nodes=Nodes(ranks_per_node, "pretend_node", "pretend_peers"))
 
 
 def resolve(sp: int | None, mesh: Any = None) -> Group:
@@ -38,7 +59,7 @@ def resolve(sp: int | None, mesh: Any = None) -> Group:
 
     Args:
         sp: ranks per batch; by default all of the mesh or of the world.
-        mesh: a 1-D ``DeviceMesh``; its ranks share a batch.
+        mesh: a ``DeviceMesh`` whose ranks share a batch: 1-D, or 2-D as (nodes, ranks of a node).
 
     Raises:
         MeshError: no process group, or ``sp`` does not fit the ranks there are.
@@ -70,6 +91,30 @@ def resolve(sp: int | None, mesh: Any = None) -> Group:
     return _group_of_world(sp, world)
 
 
+def check_nodes(group: Group, ranks_per_node: int | None) -> None:
+    """Check that a group can be cut into nodes of so many adjacent ranks.
+
+    Raises:
+        MeshError: it cannot, or its mesh has said otherwise.
+    """
+    if ranks_per_node is None or (group.nodes is not None and group.nodes.size == ranks_per_node):
+        return
+    if group.nodes is not None:
+        raise MeshError(f"ranks_per_node={ranks_per_node} and a mesh with {group.nodes.size}; pass one of them")
+    if group.size % ranks_per_node or not 1 < ranks_per_node < group.size:
+        fitting = [str(each) for each in range(2, group.size) if group.size % each == 0]
+        what = f"pass {' or '.join(fitting)}, or leave it out" if fitting else "leave it out"
+        raise MeshError(f"ranks_per_node={ranks_per_node} makes no nodes of sp={group.size} ranks; {what}")
+
+
+def with_nodes(group: Group, ranks_per_node: int | None) -> Group:
+    """The group with its nodes, as :func:`check_nodes` found them right; called on every rank of the world."""
+    if ranks_per_node is None or group.nodes is not None:
+        return group
+    ranks = tuple(dist.get_process_group_ranks(group.process_group))
+    return replace(group, nodes=_nodes(dist.group.WORLD, ranks, ranks_per_node))
+
+
 def _initialise() -> None:
     """Under torchrun: join the world, with NCCL where every local rank has a GPU."""
     if dist.is_initialized() or not dist.is_torchelastic_launched():
@@ -83,14 +128,33 @@ def _initialise() -> None:
 
 
 def _of_mesh(sp: int | None, mesh: Any) -> Group:
-    if mesh.ndim != 1:
+    if mesh.ndim > 2:
         raise MeshError(
-            f"the mesh has {mesh.ndim} axes {mesh.mesh_dim_names}; pass its one axis for sequences, mesh['sp']"
+            f"the mesh has {mesh.ndim} axes {mesh.mesh_dim_names}; pass its one axis for sequences, mesh['sp'], or two, "
+            "as (nodes, ranks of a node)"
         )
     if sp is not None and sp != mesh.size():
         raise MeshError(f"sp={sp} and a mesh of {mesh.size()} ranks; pass one of them")
-    group = mesh.get_group()
-    return Group(mesh.size(), mesh.get_local_rank(), group.group_name, group)
+    if mesh.ndim == 1:
+        group = mesh.get_group()
+        return Group(mesh.size(), mesh.get_local_rank(), group.group_name, group)
+    whole = mesh._flatten()
+    group = whole.get_group()
+    outer, inner = (mesh.get_group(dim).group_name for dim in range(2))
+    nodes = Nodes(mesh.size(1), inner, outer) if min(mesh.shape) > 1 else None
+    return Group(whole.size(), whole.get_local_rank(), group.group_name, group, nodes)
+
+
+@lru_cache(maxsize=16)
+def _nodes(world: Any, ranks: tuple[int, ...], ranks_per_node: int) -> Nodes:
+    """The nodes of a group of ranks; made once per world. Ranks outside of the group make theirs at the same time."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, ranks)
+    groups = sorted({*everyone})
+    inner = [list(each[i : i + ranks_per_node]) for each in groups for i in range(0, len(each), ranks_per_node)]
+    outer = [list(each[i::ranks_per_node]) for each in groups for i in range(ranks_per_node)]
+    names = [dist.new_subgroups_by_enumeration(each)[0].group_name for each in (inner, outer)]
+    return Nodes(ranks_per_node, *names)
 
 
 def _group_of_world(sp: int, world: int) -> Group:

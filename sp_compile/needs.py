@@ -1,4 +1,4 @@
-"""Which keys each rank's queries can see, and who sends them: the exchange of the strategy ``fetch``.
+"""Which keys each rank's queries can see, and who sends them: the exchange of the strategies ``fetch`` and ``ring``.
 
 A rank holds runs of rows. What the queries of a run can see is an interval of rows: their request, as far back and
 ahead as the mask's rule reaches. Every rank knows the layout, and so what all others need of it. Source: the group-cast
@@ -33,8 +33,44 @@ class Reach(NamedTuple):
     ahead: int | None
 
 
-@lru_cache(maxsize=64)
-def fetched_rows(layout: TokenLayout, rank: int, reach: Reach, apart: bool) -> tuple[np.ndarray, ...]:
+class Fetch(NamedTuple):
+    """What a rank fetches for some attentions.
+
+    Attributes:
+        reach: how far their queries see.
+        stage: from the ranks that are so many before it in the circle of all, from the first to before the end; None
+            for all others, whose rows then come behind the rank's own.
+    """
+
+    reach: Reach
+    stage: tuple[int, int] | None = None
+
+    @property
+    def kind(self) -> str:
+        """What the index inputs of its keys are called."""
+        return "reach" if self.stage is None else "stage"
+
+    def comes(self, source: int, rank: int, sp: int) -> bool:
+        """Whether rows of one rank come to another."""
+        first, end = self.stage or (1, sp)
+        return first <= (rank - source) % sp < end
+
+
+STAGES = 8  # of a ring at most: every one is an attention of its own in the graph
+
+
+def ring_stages(sp: int) -> list[tuple[int, int]]:
+    """The stages in which keys and values of the other ranks come in a ring, nearest first.
+
+    >>> ring_stages(4), ring_stages(12)[:2]
+    ([(1, 2), (2, 3), (3, 4)], [(1, 3), (3, 5)])
+    """
+    size = -(-(sp - 1) // STAGES)
+    return [(first, min(first + size, sp)) for first in range(1, sp, size)]
+
+
+@lru_cache(maxsize=256)
+def fetched_rows(layout: TokenLayout, rank: int, fetch: Fetch, apart: bool) -> tuple[np.ndarray, ...]:
     """What a rank sends and receives.
 
     Args:
@@ -44,31 +80,37 @@ def fetched_rows(layout: TokenLayout, rank: int, reach: Reach, apart: bool) -> t
         Its local rows that others need, by destination, int64 ``[sent]``; how many go to each and come from each, int64
         ``[2, sp]``; and the normal-order rows that it receives, by their rank, int64 ``[received]``.
     """
-    needed = [_intervals(layout, each, reach, apart) for each in range(layout.sp)]
-    nothing = np.zeros(0, dtype=np.int64)
-    sent = [_within(rows_of(layout, rank), each) if i != rank else nothing for i, each in enumerate(needed)]
-    received = [
-        rows_of(layout, i)[_within(rows_of(layout, i), needed[rank])] if i != rank else nothing
-        for i in range(layout.sp)
-    ]
-    counts = np.asarray([[len(each) for each in part] for part in (sent, received)], dtype=np.int64)
-    return np.concatenate(sent), counts, np.concatenate(received)
+    needed, nothing = _needed(layout, fetch.reach, apart), np.zeros(0, dtype=np.int64)
+
+    def crossing(source: int, target: int) -> np.ndarray:
+        return needed[target][source] if fetch.comes(source, target, layout.sp) else nothing
+
+    sent = [crossing(rank, i) for i in range(layout.sp)]
+    found = [rows_of(layout, i)[crossing(i, rank)] for i in range(layout.sp)]
+    counts = np.asarray([[len(each) for each in part] for part in (sent, found)], dtype=np.int64)
+    return np.concatenate(sent), counts, np.concatenate(found)
 
 
-def index_inputs(layout: TokenLayout, rank: int, reaches: Sequence[Reach], apart: bool) -> dict[str, torch.Tensor]:
+@lru_cache(maxsize=64)
+def _needed(layout: TokenLayout, reach: Reach, apart: bool) -> list[list[np.ndarray]]:
+    """For each rank, the places among each rank's rows that its queries can see."""
+    intervals = [_intervals(layout, each, reach, apart) for each in range(layout.sp)]
+    rows = [rows_of(layout, each) for each in range(layout.sp)]
+    return [[_within(each, seen) for each in rows] for seen in intervals]
+
+
+def index_inputs(layout: TokenLayout, rank: int, fetches: Sequence[Fetch], apart: bool) -> dict[str, torch.Tensor]:
     """Index inputs for programs that fetch keys, on the host; see :func:`fetched_rows`."""
     found: dict[str, np.ndarray] = {}
-    for i, reach in enumerate(reaches):
-        sent, counts, received = fetched_rows(layout, rank, reach, apart)
+    for i, fetch in enumerate(fetches):
+        sent, counts, received = fetched_rows(layout, rank, fetch, apart)
         real = np.arange(max(FEWEST, len(received))) < len(received)
         rows = _padded(received)
-        found |= {
-            f"fetch_rows_{i}": _padded(sent),
-            f"fetch_counts_{i}": counts,
-            f"fetched_rows_{i}": rows,
-            f"reach_index_{i}": np.concatenate([layout.local_index[rank].numpy(), rows]),
-            f"reach_valid_{i}": np.concatenate([layout.valid[rank].numpy(), real]),
-        }
+        found |= {f"fetch_rows_{i}": _padded(sent), f"fetch_counts_{i}": counts, f"fetched_rows_{i}": rows}
+        if fetch.stage is None:
+            rows = np.concatenate([layout.local_index[rank].numpy(), rows])
+            real = np.concatenate([layout.valid[rank].numpy(), real])
+        found |= {f"{fetch.kind}_index_{i}": rows, f"{fetch.kind}_valid_{i}": real}
     return {name: torch.from_numpy(each) for name, each in found.items()}
 
 

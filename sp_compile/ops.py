@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import fx
 
 from sp_compile import kernels
-from sp_compile.compat import process_group
+from sp_compile.compat import process_group, register_work
 from sp_compile.kernels import flex
 from sp_compile.kernels import plan as plans
 from sp_compile.kernels.dense import accumulated
@@ -26,6 +26,11 @@ from sp_compile.kernels.runs import plan_within
 def redistribute(value: torch.Tensor) -> torch.Tensor:
     """Change of placement; the identity in the global view. The placement is in the node's metadata."""
     return value.view(value.shape)
+
+
+def spread_heads(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Several values, each of all heads of the rank's rows, to some heads of all rows, in one collective."""
+    return tuple(each.view(each.shape) for each in values)
 
 
 def select_rows(value: torch.Tensor, rows: torch.Tensor, dim: int) -> torch.Tensor:
@@ -103,6 +108,7 @@ class AttentionArgs(NamedTuple):
     kernel: str = "tiles"
     plan: fx.Node | None = None
     valid: fx.Node | None = None
+    partial: bool = False
 
 
 def attention_part(node: fx.Node, i: int) -> fx.Node | None:
@@ -117,25 +123,33 @@ def attention_nodes(graph: fx.Graph) -> list[fx.Node]:
 
 
 @torch.library.custom_op("sp_compile::exchange_rows", mutates_args=())
-def exchange_rows(rows: torch.Tensor, counts: torch.Tensor, received: torch.Tensor, group_name: str) -> torch.Tensor:
-    """Send rows to other ranks, and receive theirs.
+def exchange_rows(
+    rows: torch.Tensor, sent: torch.Tensor, counts: torch.Tensor, received: torch.Tensor, group_name: str
+) -> torch.Tensor:
+    """Begin to send rows to other ranks and to receive theirs; ``wait_tensor`` of the result ends it.
 
     Args:
-        rows: ``[sent, ...]``, ordered by the rank they go to; what the counts do not name stays here.
+        rows: ``[rows, ...]``.
+        sent: int64, those that are sent, ordered by the rank they go to; what the counts do not name stays here.
         counts: int64 ``[2, sp]`` on the host, rows that go to each rank and that come from each.
         received: its length is that of the result.
 
     Returns:
         ``[received, ...]``, ordered by the rank they come from; zero where none came.
     """
-    sent, come = counts.tolist()
+    go, come = counts.tolist()
     out = rows.new_zeros(received.shape[0], *rows.shape[1:])
-    dist.all_to_all_single(out[: sum(come)], rows[: sum(sent)].contiguous(), come, sent, process_group(group_name))
+    part = rows.index_select(0, sent[: sum(go)])  # of its own, since the graph may reuse its memory before the end
+    group = process_group(group_name)
+    work = dist.all_to_all_single(out[: sum(come)], part, come, go, group, async_op=True)
+    register_work(out, work)
     return out
 
 
 @exchange_rows.register_fake
-def _(rows: torch.Tensor, counts: torch.Tensor, received: torch.Tensor, group_name: str) -> torch.Tensor:
+def _(
+    rows: torch.Tensor, sent: torch.Tensor, counts: torch.Tensor, received: torch.Tensor, group_name: str
+) -> torch.Tensor:
     return rows.new_empty(received.shape[0], *rows.shape[1:])
 
 
@@ -262,6 +276,7 @@ def attention(
     kernel: str = "tiles",
     plan: torch.Tensor | None = None,
     valid: torch.Tensor | None = None,
+    partial: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The canonical attention: softmax of the ruled scores over the keys, times the values, and its log-sum-exp.
 
@@ -275,19 +290,34 @@ def attention(
         kernel: what computes it, see :mod:`sp_compile.kernels`.
         plan: regions from ``tile_plan``, made here where it is None.
         valid: bool ``[keys]``, keys that exist.
+        partial: the output is to be merged with others over further keys, and is not rounded to q's dtype before.
 
     Returns:
-        Output ``[batch, heads, queries, value_dim]`` in q's dtype and log-sum-exp ``[batch, heads, queries]`` in fp32
+        Output ``[batch, heads, queries, value_dim]`` in q's dtype (``partial``: the log-sum-exp's) and log-sum-exp ``[batch, heads, queries]`` in fp32
         (fp64 for fp64), -inf for a row that sees nothing.
     """
     out, lse = kernels.attend(kernel, q, k, v, operands, tables, rule, scale, plan, valid)
     if empty_mean:
         out = kernels.with_means(out, lse == -torch.inf, v, valid)
-    return out.to(q.dtype).contiguous(), lse
+    return out.to(lse.dtype if partial else q.dtype).contiguous(), lse
 
 
 @attention.register_fake
-def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    operands: Sequence[torch.Tensor],
+    tables: Sequence[torch.Tensor],
+    rule: str,
+    scale: float,
+    empty_mean: bool = False,
+    kernel: str = "tiles",
+    plan: torch.Tensor | None = None,
+    valid: torch.Tensor | None = None,
+    partial: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
     batch, heads, queries, _ = q.shape
     lse = q.new_empty(batch, heads, queries, dtype=accumulated(q.dtype))
-    return q.new_empty(batch, heads, queries, v.shape[-1]), lse
+    dtype = lse.dtype if partial else q.dtype
+    return q.new_empty(batch, heads, queries, v.shape[-1], dtype=dtype), lse

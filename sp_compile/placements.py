@@ -49,7 +49,8 @@ class Gathered:
 
     With ``of``, other rows than all: those that every rank picked (see :class:`Picked`), rank after rank; for
     ``seen_<shelf>`` all new rows and behind them earlier ones that were picked; for ``reach_<i>`` the rank's own and
-    behind them those of others that its queries can see; for ``local`` only its own.
+    behind them those of others that its queries can see, for ``stage_<i>`` those of some others; for ``local`` only its
+    own, for ``node`` those of the ranks of its node.
     """
 
     dim: int
@@ -78,14 +79,16 @@ class Picked:
 class Heads:
     """The rank's own heads along ``dim``, and all rows in padded SP order along what dim they have.
 
-    ``lists`` are the heads of every rank, as many for each.
+    ``lists`` are the heads of every rank, or of every rank of a node, as many for each. ``of`` is ``node`` where the
+    rows are those of the ranks of its node.
     """
 
     dim: int
     lists: tuple[tuple[int, ...], ...]
+    of: str = ""
 
     def __str__(self) -> str:
-        return f"Heads({self.dim}, {len(self.lists[0])} a rank)"
+        return f"Heads({self.dim}, {len(self.lists[0])} a rank{f', {self.of}' if self.of else ''})"
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,7 @@ class RankLocal:
 Placement = Replicate | Shard | Gathered | Picked | Heads | Held | Kept | QueriesByKeys | RankLocal | Partial
 REPLICATE = Replicate()
 LOCAL_ROWS = "local"
+NODE_ROWS = "node"
 
 
 def gathers_all(placement: Any) -> bool:

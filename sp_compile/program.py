@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,17 +12,18 @@ import torch
 from torch import fx
 
 from sp_compile.ledger import Window
-from sp_compile.needs import Reach
-from sp_compile.placements import LOCAL_ROWS, REPLICATE, Gathered, Placement, describe
-from sp_compile.symbols import is_float, is_tensor, length_input, tensors_of, token_dims
+from sp_compile.mesh import Nodes
+from sp_compile.needs import Fetch
+from sp_compile.placements import LOCAL_ROWS, NODE_ROWS, REPLICATE, Gathered, Heads, Placement, describe
+from sp_compile.symbols import computed, is_float, is_tensor, length_input, tensors_of, token_dims
 
 LETTERS = {"tokens": "T", "shard_length": "n"}
 INDEX_INPUTS = ("local_index", "local_valid", "gathered_index", "gathered_valid", "restore_index", "rank",
-                "request_index", "request_start", "new_rows", "kept_rows")  # fmt: skip
+                "request_index", "request_start", "new_rows", "kept_rows", "node_index", "node_rank")  # fmt: skip
 # the tensors of a cache, what is where on a shelf, and which queries and keys go to each other; what a reach fetches
 NUMBERED = re.compile(
     r"(held|held_index|held_valid|held_runs|picked_queries|picked_past|queries_index|merged_rows"
-    r"|seen_index|seen_valid|fetch_rows|fetch_counts|fetched_rows|reach_index|reach_valid)_\d+"
+    r"|seen_index|seen_valid|fetch_rows|fetch_counts|fetched_rows|reach_index|reach_valid|stage_index|stage_valid)_\d+"
 )
 
 
@@ -60,7 +61,10 @@ class Program:
         kept: windows of the keys and values to keep, which are the outputs' end; None for all tokens.
         query_bytes: of one token's queries on their way to earlier keys and of what comes back, in all layers of a
             window.
-        reaches: how far queries see, for each kind of attention that fetches keys.
+        nodes: the ranks of each node and their groups, where the mesh has two dims.
+        ran_by: the strategy of each attention.
+        local: some attentions exchange nothing, so that every request must be whole on one rank.
+        fetches: what ranks fetch, for each kind of attention that does.
         isolation: what was done to keep their requests apart.
         compiled: whether code is generated for the graph, or it runs as it is.
         fallbacks: what was computed on gathered inputs.
@@ -82,7 +86,10 @@ class Program:
     cache_dtype: torch.dtype | None = None
     kept: tuple[Window, ...] = ()
     query_bytes: dict[Window, int] = field(default_factory=dict)
-    reaches: list[Reach] = field(default_factory=list)
+    nodes: Nodes | None = None
+    ran_by: list[str] = field(default_factory=list)
+    local: bool = False
+    fetches: list[Fetch] = field(default_factory=list)
     isolation: str = ""
     compiled: bool = True
     fallbacks: list[Fallback] = field(default_factory=list)
@@ -161,9 +168,9 @@ def placement(node: fx.Node) -> Any:
 
 def gathered_index(gathered: Placement) -> str:
     """The index input that says which rows of the whole row are gathered; without ranks all are."""
-    of = gathered.of if isinstance(gathered, Gathered) else ""
-    if of == LOCAL_ROWS:
-        return "local_index"
+    of = gathered.of if isinstance(gathered, Gathered | Heads) else ""
+    if of in (LOCAL_ROWS, NODE_ROWS):
+        return f"{of}_index"
     what, _, shelf = of.rpartition("_")
     return f"{what}_index_{shelf}" if of else "gathered_index"
 
@@ -226,13 +233,19 @@ def _argument_text(value: Any) -> str:
     return repr(value) if isinstance(value, str) else str(value)
 
 
+def _group_names(program: Program) -> dict[str, str]:
+    """What the process groups are to a rank: their names may differ from rank to rank."""
+    nodes = program.nodes
+    return {} if nodes is None else {repr(nodes.inner): "the node", repr(nodes.outer): "its peers"}
+
+
 def lines(program: Program) -> Iterator[str]:
-    """The graph as text, one node a line: name, type, placement, call.
+    """The graph as text, one node a line: name, type, placement, call. It is the same on all ranks.
 
     ``T`` is the token length, ``n`` the rows per rank; types that are not known yet are ``?``. Inputs that nobody reads
     are left out, and the placement of weights, which is always ``Replicate``.
     """
-    letters = _letters(program)
+    letters, groups = _letters(program), _group_names(program)
     for node in program.graph.nodes:
         if node.op == "output":
             yield f"return {_argument_text(node.args[0])}"
@@ -243,7 +256,7 @@ def lines(program: Program) -> Iterator[str]:
             if node.users:
                 yield f"%{node.name}: {kind}{'' if node.meta.get('weight') else placed} = input"
             continue
-        arguments = [_argument_text(each) for each in node.args]
+        arguments = [groups.get(repr(each)) or _argument_text(each) for each in node.args]
         arguments += [f"{key}={_argument_text(each)}" for key, each in node.kwargs.items()]
         call = op_name(node) if node.op == "call_function" else f"{node.op}:{node.target}"
         yield f"%{node.name}: {kind}{placed} = {call}({', '.join(arguments)})"
@@ -251,6 +264,13 @@ def lines(program: Program) -> Iterator[str]:
 
 def _placeable(node: fx.Node) -> bool:
     return is_tensor(node) or isinstance(node.meta.get("val"), (tuple, list))
+
+
+def add_call(graph: fx.Graph, target: Any, args: Sequence[Any], placed: Any, like: fx.Node | None = None) -> fx.Node:
+    """A new call where the graph inserts, with its value and placement; from the source line of ``like``."""
+    node = computed(graph, target, args)
+    node.meta.update(placement=placed, stack_trace=None if like is None else like.meta.get("stack_trace"))
+    return node
 
 
 def insert_redistribute(program: Program, node: fx.Node, target: Placement, before: fx.Node) -> fx.Node:

@@ -22,8 +22,8 @@ c10d = torch.ops._c10d_functional
 class Collective:
     """One collective of the local graph.
 
-    ``bytes_sent`` are the bytes that one rank sends: ``(sp - 1)`` times its part for an all-gather (ring or direct),
-    ``2 (sp - 1) / sp`` times the tensor for an all-reduce, half of that for an all-to-all; for an exchange of rows what
+    ``bytes_sent`` are the bytes that one rank sends: ``(n - 1)`` times its part for an all-gather among n ranks
+    (ring or direct), ``2 (n - 1) / n`` times the tensor for an all-reduce, half of that for an all-to-all; for an exchange of rows what
     the others need of this rank's.
     """
 
@@ -109,12 +109,13 @@ def _collectives(program: Program, sizes: Mapping[str, int]) -> list[Collective]
     for node in program.graph.nodes:
         if node.target is c10d.all_gather_into_tensor.default:
             part = _numel(node.args[0], values)
-            found.append(_collective(node, "all_gather", (program.sp - 1) * part, values))
+            found.append(_collective(node, "all_gather", (node.args[1] - 1) * part, values))
         elif node.target is c10d.all_to_all_single.default:
             part = _numel(node.args[0], values)
-            found.append(_collective(node, "all_to_all", (program.sp - 1) * part // program.sp, values))
+            ranks = len(node.args[1])
+            found.append(_collective(node, "all_to_all", (ranks - 1) * part // ranks, values))
         elif node.target is torch.ops.sp_compile.exchange_rows.default:
-            rows = sizes[f"sent_rows_{node.args[1].name.rpartition('_')[2]}"]
+            rows = sizes[f"sent_rows_{node.args[2].name.rpartition('_')[2]}"]
             found.append(_collective(node, "exchange", rows * _numel(node.args[0], values, 1), values))
         elif node.target is c10d.all_reduce.default:
             part = _numel(node.args[0], values)

@@ -242,7 +242,7 @@ class ParallelModule(nn.Module):
             raise CacheError("the pipeline has no shard_cache; add it behind shard_attention to run with a cache")
         program = captured.program(self.group.size, self.group.name, kind.outputs)
         program.isolated, program.cached, program.cache_dtype = kind.isolated, kind.cached, kind.cache_dtype
-        program.counted, program.strategies = kind.counted, kind.strategies
+        program.counted, program.strategies, program.nodes = kind.counted, kind.strategies, self.group.nodes
         program.hints = hints or {}
         program.compiled = self.compile_config.codegen == "inductor"
         steps = run_pipeline(program, self.pipeline, self.compile_config.verify_passes, trace)
@@ -291,7 +291,7 @@ class ParallelModule(nn.Module):
 
     def _prepare(self, named: Mapping[str, torch.Tensor], layout: TokenLayout) -> Step:
         tokens = token_input(named)[1]
-        inputs = _index_inputs(layout, self.group.rank, tokens.device)
+        inputs = _index_inputs(layout, self.group, tokens.device)
         step = Step(layout, inputs, self._promised(named, layout), outputs=self.compile_config.outputs)
         strategies = [each for each in self.pipeline if isinstance(each, ShardAttention)]
         counted = any(each.reads_reach for each in strategies) and step.apart and positions_count(named)
@@ -411,5 +411,10 @@ def _with_signature_of(model: Callable[..., Any], run: Callable[..., Any]) -> Ca
 
 
 @lru_cache(maxsize=8)
-def _index_inputs(layout: TokenLayout, rank: int, device: torch.device) -> dict[str, torch.Tensor]:
-    return {name: each.to(device) for name, each in index_inputs(layout, rank).items()}
+def _index_inputs(layout: TokenLayout, group: Group, device: torch.device) -> dict[str, torch.Tensor]:
+    found = index_inputs(layout, group.rank)
+    if group.nodes is not None:
+        node, rank = divmod(group.rank, group.nodes.size)
+        of_node = layout.local_index[node * group.nodes.size :][: group.nodes.size]
+        found |= {"node_index": of_node.reshape(-1), "node_rank": torch.tensor(rank)}
+    return {name: each.to(device) for name, each in found.items()}

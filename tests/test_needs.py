@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sp_compile.layout import SCHEMES, TokenLayout, token_layout
-from sp_compile.needs import Attention, Reach, choose_strategies, fetched_rows, received, rows_of, whole_on_ranks
+from sp_compile.needs import Attention, Fetch, Reach, choose_strategies, fetched_rows, received, rows_of, whole_on_ranks
 
 LAYOUTS = st.builds(
     token_layout,
@@ -37,7 +37,7 @@ def seen(layout: TokenLayout, rank: int, reach: Reach, apart: bool) -> set[int]:
 @settings(max_examples=150, deadline=None)
 @given(LAYOUTS, REACHES, st.booleans())
 def test_ranks_receive_what_they_need_from_who_holds_it(layout: TokenLayout, reach: Reach, apart: bool):
-    plans = [fetched_rows(layout, rank, reach, apart) for rank in range(layout.sp)]
+    plans = [fetched_rows(layout, rank, Fetch(reach), apart) for rank in range(layout.sp)]
     most = 0
     for rank, (_, counts, rows) in enumerate(plans):
         holds = {*rows_of(layout, rank).tolist()}
@@ -63,14 +63,14 @@ def test_what_is_exchanged_of_known_batches():
     everything = 7 * 8192
     for scheme, share in (("contiguous", 0.5), ("zigzag", 0.75)):
         layout = token_layout([8192], 8, scheme)
-        plans = [fetched_rows(layout, rank, Reach(None, 0), True)[2] for rank in range(8)]
+        plans = [fetched_rows(layout, rank, Fetch(Reach(None, 0)), True)[2] for rank in range(8)]
         assert sum(map(len, plans)) == pytest.approx(share * everything, rel=0.01)
-        halo = [len(fetched_rows(layout, rank, Reach(128, 0), True)[2]) for rank in range(8)]
+        halo = [len(fetched_rows(layout, rank, Fetch(Reach(128, 0)), True)[2]) for rank in range(8)]
         assert max(halo) == (127 if scheme == "contiguous" else 2 * 127)
     lengths = np.random.default_rng(0).integers(8, 513, 64).tolist()
     layout = token_layout(lengths, 8, "whole")
     assert whole_on_ranks(layout)
-    assert all(len(fetched_rows(layout, rank, Reach(None, None), True)[2]) == 0 for rank in range(8))
+    assert all(len(fetched_rows(layout, rank, Fetch(Reach(None, None)), True)[2]) == 0 for rank in range(8))
     assert not whole_on_ranks(token_layout(lengths, 8, "zigzag"))
 
 

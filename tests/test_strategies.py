@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import sp_compile
 from sp_compile.errors import StrategyError
-from sp_compile.needs import Reach, fetched_rows
+from sp_compile.needs import Fetch, Reach, fetched_rows
 from tests.attention_kinds import KINDS
 from tests.models import llama
 from tests.test_attention import check
@@ -50,7 +50,7 @@ def test_a_rank_fetches_what_its_queries_see(ranks, sp: int, scheme: str):
     for rank, each in enumerate(ranks(sp).run(ran, "llama", MIXES, attention="fetch", scheme=scheme)):
         for worst, crossing, compiles, layout in each:
             assert worst <= 1e-5
-            sent = len(fetched_rows(layout, rank, Reach(None, 0), True)[0])
+            sent = len(fetched_rows(layout, rank, Fetch(Reach(None, 0)), True)[0])
             assert crossing == [("exchange", sent * ROW)] * 2
             assert compiles == 1
 

@@ -49,6 +49,10 @@ def attend_few(
     group, queries = q_BHQD.shape[1] // k_BGKD.shape[1], q_BHQD.shape[2]
     # heads of a group are rows of one call, which reads their keys once
     q_BGRD = q_BHQD.unflatten(1, (-1, group)).transpose(2, 3).flatten(2, 3)
+    if [(each.q_start, each.q_end) for each in regions] == [(0, queries)]:
+        (only,) = regions
+        seen = slice(only.k_start, only.k_end)
+        return _by_head(flash(q_BGRD, k_BGKD[:, :, seen], v_BGKE[:, :, seen], None, scale), group)
     wide = accumulated(q_BHQD.dtype)
     out = q_BGRD.new_zeros(*q_BGRD.shape[:3], v_BGKE.shape[-1], dtype=wide)
     lse = q_BGRD.new_full(q_BGRD.shape[:3], -torch.inf, dtype=wide)
@@ -71,8 +75,13 @@ def attend_few(
         merge(own, part)
         out.index_copy_(2, index, own[0])
         lse.index_copy_(2, index, own[1])
-    whole = out.unflatten(2, (queries, group)).transpose(2, 3).flatten(1, 2)
-    return whole, lse.unflatten(2, (queries, group)).transpose(2, 3).flatten(1, 2)
+    return _by_head((out, lse), group)
+
+
+def _by_head(part: Partial, group: int) -> Partial:
+    """Query heads from the rows of their key/value head."""
+    out, lse = (each.unflatten(2, (-1, group)).transpose(2, 3).flatten(1, 2) for each in part)
+    return out, lse
 
 
 def _apart(ranges: Sequence[Range]) -> bool:

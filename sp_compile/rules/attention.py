@@ -72,8 +72,7 @@ def _over_heads(call: Call, keys: Heads) -> Outcome:
         needs[operand] = of_heads(operand, args, queries)[-1]
     for table in args.tables:
         needs[table] = Heads(0, queries.lists) if shape_of(table)[0] != 1 else REPLICATE
-    out = Heads(1, queries.lists)
-    return Outcome((out, out), needs)
+    return Outcome((queries, queries), needs)
 
 
 def is_vector(operand: fx.Node, args: ops.AttentionArgs) -> bool:
@@ -86,12 +85,14 @@ def of_heads(operand: fx.Node, args: ops.AttentionArgs, queries: Heads) -> list[
     """How what masks or changes scores comes to be placed for an attention over a rank's heads: rows, then heads."""
     rank, sizes = rank_of(operand), shape_of(operand)
     found: list[Placement] = []
+    of = ""
     if rank >= 1 and sizes[-1] == shape_of(args.k)[2]:
         found.append(Gathered(rank - 1))
     elif rank >= 2 and sizes[-2] == shape_of(args.q)[2]:
-        found.append(Gathered(rank - 2))
+        of = queries.of
+        found.append(Gathered(rank - 2, of))
     if rank >= 3 and sizes[-3] != 1:
-        found.append(Heads(rank - 3, queries.lists))
+        found.append(Heads(rank - 3, queries.lists, of))
     return found or [REPLICATE]
 
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from sp_compile.errors import ConfigError, StrategyError
 from sp_compile.layout import token_layout
-from sp_compile.needs import Reach
+from sp_compile.needs import Fetch, Reach
 from sp_compile.pipeline import build_pipeline
 from sp_compile.placements import Shard, describe
 from sp_compile.program import placement
@@ -109,7 +109,7 @@ def keys_of(options: dict[str, Any], last: str = "shard_attention", **more: Any)
 def test_what_is_fetched_is_what_the_rule_reaches():
     assert keys_of({"strategy": "fetch"}) == ["Gathered(2, reach_0)", "Gathered(2, reach_1)"]
     program = after("shard_attention", local_and_global, embeds(32), options={"shard_attention": {"strategy": "fetch"}})
-    assert program.reaches == [Reach(3, 0), Reach(None, 0)]
+    assert program.fetches == [Fetch(Reach(3, 0)), Fetch(Reach(None, 0))]
     operands = {describe(placement(each)) for node in calls(program, "sp_compile.attention") for each in node.args[3]}
     assert operands == {"Shard(0)", "Gathered(1, reach_0)", "Gathered(1, reach_1)"}
 
