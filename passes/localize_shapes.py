@@ -30,8 +30,8 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from sp_compile.compat import hint_of_symbol, size_source
 from sp_compile.invariants import LOCAL, LOWERED
 from sp_compile.pipeline import Pass
-from sp_compile.placements import Shard
-from sp_compile.program import Program, placement
+from sp_compile.placements import Gathered, Shard
+from sp_compile.program import Program, gathered_index, placement
 from sp_compile.symbols import is_tensor
 
 aten = torch.ops.aten
@@ -75,17 +75,18 @@ class LocalizeShapes(Pass):
 
     def _localize_arguments(self, program: Program) -> None:
         for node in list(program.graph.nodes):
-            shard = placement(node) if is_tensor(node) else None
-            if not isinstance(shard, Shard) or node.target not in SHAPE_ARGUMENT:
+            held = placement(node) if is_tensor(node) else None
+            if not isinstance(held, Shard | Gathered) or node.target not in SHAPE_ARGUMENT:
                 continue
             at = SHAPE_ARGUMENT[node.target]
             shape = list(node.args[at])
+            index = "local_index" if isinstance(held, Shard) else gathered_index(held)
             with program.graph.inserting_before(node):
-                rows = program.graph.call_function(aten.sym_size.int, (program.index_input("local_index"), 0))
-                times = shard.outer * shard.inner
+                rows = program.graph.call_function(aten.sym_size.int, (program.index_input(index), 0))
+                times = held.outer * held.inner if isinstance(held, Shard) else 1
                 if times != 1:
                     rows = program.graph.call_function(_times, (rows, times))
-            shape[shard.dim] = rows
+            shape[held.dim] = rows
             node.args = (*node.args[:at], shape, *node.args[at + 1 :])
 
 
@@ -170,7 +171,11 @@ class _Shapes:
             if shelf.isdecimal():
                 dtype = torch.bool if what.endswith("_valid") else torch.int64
                 return torch.empty(self._numbered_size(what, shelf), dtype=dtype, device=device)
-            ranks = {"local_index": 1, "gathered_index": sp, "node_index": self.program.nodes and self.program.nodes.size}
+            ranks = {
+                "local_index": 1,
+                "gathered_index": sp,
+                "node_index": self.program.nodes and self.program.nodes.size,
+            }
             if name in ranks:
                 size = rows * ranks[name]
             elif name in CACHE_SIZES or (name == "restore_index" and self.program.cached):

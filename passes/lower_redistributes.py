@@ -15,7 +15,8 @@ Before::
 After::
 
     %all = c10d.all_gather_into_tensor(%rows, 2, 'sp'); %wait = c10d.wait_tensor(%all)
-    %others = sp_compile.exchange_rows(%rows, ...); %wait_1 = c10d.wait_tensor(%others); %near = aten.cat([%rows, %wait_1])
+    %others = sp_compile.exchange_rows(%rows, ...); %wait_1 = c10d.wait_tensor(%others)
+    %near = aten.cat([%rows, %wait_1])
     ...; %whole = aten.index_select(%gathered, 0, %restore_index), permuted back
 """
 

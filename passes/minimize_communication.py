@@ -1,4 +1,8 @@
-"""Gather nothing twice, and keys together with values, and with the queries that go to a cache.
+"""Gather where the fewest bytes cross, nothing twice, and what goes together in one collective.
+
+Keys and values are gathered as they are, or what they are computed from where that is smaller: the compressed latent
+and the rotary part of MLA, a hidden state that is smaller than both; see :mod:`sp_compile.cuts`. Heads that are
+repeated for groups of queries are repeated afterwards. Queries that go to a cache travel with new keys and values.
 
 Requires: ``keys_in_padded_order``, ``outputs_restored``.
 Establishes: ``gathered_once``.
@@ -27,9 +31,11 @@ import torch
 from torch import fx
 
 from sp_compile import ops
+from sp_compile.cuts import Cuts
+from sp_compile.errors import ConfigError
 from sp_compile.invariants import GATHERED_ONCE, KEYS_PADDED, RESTORED
 from sp_compile.pipeline import Pass
-from sp_compile.placements import Gathered, Heads, Picked, Placement, Shard, gathers_all
+from sp_compile.placements import LOCAL_ROWS, Gathered, Heads, Picked, Placement, Shard, gathers_all
 from sp_compile.program import Program, add_call, placement
 
 aten = torch.ops.aten
@@ -37,28 +43,53 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class MinimizeCommunication(Pass):
-    """Each value gathered once; keys and values in one collective."""
+    """What is smallest gathered, once; keys and values in one collective.
+
+    Attributes:
+        join_keys_and_values: in one collective.
+        operations_per_byte: what a rank computes in the time in which a byte crosses: as many are worth computing anew
+            to save a byte. None for the configured rates' ratio, by default 25 on a CPU and 1,000 on a GPU; 0 gathers
+            keys and values as they are.
+    """
 
     name = "minimize_communication"
     requires = (KEYS_PADDED, RESTORED)
     establishes = (GATHERED_ONCE,)
 
     join_keys_and_values: bool = True
+    operations_per_byte: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.operations_per_byte is not None and self.operations_per_byte < 0:
+            raise ConfigError(f"operations_per_byte={self.operations_per_byte} is negative; pass 0 or more")
 
     def run(self, program: Program) -> None:
         """Rewrite in place."""
         if not program.parallel:
             return
         self._gather_once(program)
-        if self.join_keys_and_values:
-            for node in ops.attention_nodes(program.graph):
-                q, *keys_and_values = node.args[:3]
-                to_cache = [user for user in q.users if _is_gather(user)]
-                for k, v in zip(*map(_gathers, keys_and_values), strict=True):
-                    if k is not v and all(map(_is_gather, (k, v))) and not _join(program, [k, v, *to_cache]):
-                        _join(program, [k, v])
+        asked = self.operations_per_byte
+        cuts = Cuts(program, program.rates.operations_per_byte if asked is None else asked)
+        for node in ops.attention_nodes(program.graph):
+            q, *keys_and_values = node.args[:3]
+            to_cache = [user for user in q.users if _is_gather(user)]
+            for pair in zip(*map(_gathers, keys_and_values), strict=True):
+                gathers = [*dict.fromkeys(each for each in pair if _is_gather(each))]
+                if gathers and cuts.operations_per_byte and self._from_rows(gathers):
+                    gathers = cuts.move(gathers)
+                if self.join_keys_and_values and gathers:
+                    joined = len(to_cache) > 0 and _join(program, [*gathers, *to_cache])
+                    if not joined and len(gathers) > 1:
+                        _join(program, gathers)
+            if self.join_keys_and_values:
                 _spread_together(program.graph, [q, *keys_and_values])
         program.remove_dead_code()
+
+    def _from_rows(self, gathers: list[fx.Node]) -> bool:
+        """Whether all come from the rank's rows to the same rows of others."""
+        kinds = {placement(each) for each in gathers}
+        rows = all(placement(each.args[0]) == Shard(2) for each in gathers)
+        return len(kinds) == 1 and rows and placement(gathers[0]).of != LOCAL_ROWS
 
     def _gather_once(self, program: Program) -> None:
         """A value needed whole in both orders crosses once and is reordered locally."""
@@ -109,8 +140,8 @@ def _join(program: Program, gathers: list[fx.Node]) -> bool:
     sources: list[Any] = [each.args[0] for each in gathers]
     last = max(sources)
     rows, everyone = replace(placement(sources[0]), dim=0), replace(placement(gathers[0]), dim=0)
-    same = len({(source.meta["val"].dtype, placement(source)) for source in sources}) == 1
-    if not same or any(user < last for each in gathers for user in each.users):
+    same = {(source.meta["val"].dtype, replace(placement(source), dim=0)) for source in sources}
+    if len(same) > 1 or any(user < last for each in gathers for user in each.users):
         return False
     graph, before = program.graph, last.next
     with graph.inserting_before(before):
@@ -120,10 +151,7 @@ def _join(program: Program, gathers: list[fx.Node]) -> bool:
         widths = [each.meta["val"].shape[1] for each in flat]
         parts = add_call(graph, aten.split_with_sizes.default, (gathered, widths, 1), (everyone,) * len(gathers))
         for i, (each, source) in enumerate(zip(gathers, sources, strict=True)):
-            part = add_call(graph, getitem, (parts, i), everyone)
-            batch, heads, _, width = source.meta["val"].shape
-            shape = add_call(graph, aten.unflatten.int, (part, 1, [batch, heads, width]), everyone)
-            back = add_call(graph, aten.permute.default, (shape, [1, 2, 0, 3]), replace(everyone, dim=2))
+            back = _rows_back(graph, add_call(graph, getitem, (parts, i), everyone), source, everyone)
             back.meta["stack_trace"] = each.meta.get("stack_trace")
             each.replace_all_uses_with(back)
         gathered.meta["stack_trace"] = gathers[0].meta.get("stack_trace")
@@ -135,12 +163,31 @@ def _join(program: Program, gathers: list[fx.Node]) -> bool:
 def _is_gather(node: fx.Node) -> bool:
     if node.target is not ops.redistribute or not isinstance(placement(node), Gathered):
         return False
-    source, sizes = placement(node.args[0]), node.meta["val"].shape
-    from_rows = source == Shard(2) or source == Picked(2, placement(node).of)
-    return from_rows and all(isinstance(sizes[dim], int) for dim in (0, 1, 3))
+    source, wanted, sizes = placement(node.args[0]), placement(node), node.meta["val"].shape
+    from_rows = source == Shard(wanted.dim) or source == Picked(wanted.dim, wanted.of)
+    return from_rows and len(sizes) > 1 and all(isinstance(sizes[dim], int) for dim in _others(node))
+
+
+def _others(node: fx.Node) -> list[int]:
+    """The dims but that of the tokens."""
+    return [dim for dim in range(node.meta["val"].dim()) if dim != placement(node).dim]
 
 
 def _rows(graph: fx.Graph, source: fx.Node, placed: Placement) -> fx.Node:
     """``[tokens, everything else]``."""
-    tokens_first = add_call(graph, aten.permute.default, (source, [2, 0, 1, 3]), placed)
-    return add_call(graph, aten.flatten.using_ints, (tokens_first, 1, -1), placed)
+    others = _others(source)
+    if placement(source).dim != 0:
+        source = add_call(graph, aten.permute.default, (source, [placement(source).dim, *others]), placed)
+    return add_call(graph, aten.flatten.using_ints, (source, 1, -1), placed) if len(others) > 1 else source
+
+
+def _rows_back(graph: fx.Graph, rows: fx.Node, source: fx.Node, placed: Any) -> fx.Node:
+    """Undo :func:`_rows`."""
+    dim, others = placement(source).dim, _others(source)
+    if len(others) > 1:
+        sizes = [source.meta["val"].shape[each] for each in others]
+        rows = add_call(graph, aten.unflatten.int, (rows, 1, sizes), placed)
+    if dim == 0:
+        return rows
+    back = [each + 1 for each in range(dim)] + [0] + [each + 1 for each in range(dim, len(others))]
+    return add_call(graph, aten.permute.default, (rows, back), replace(placed, dim=dim))

@@ -24,7 +24,6 @@ After::
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import takewhile
 
 from torch import fx
 
@@ -69,7 +68,8 @@ def _ordered(graph: fx.Graph, in_flight: int) -> list[fx.Node]:
     order = reading_order(graph)
     by_reader = sorted(graph.nodes, key=order.__getitem__)
     done: dict[fx.Node, None] = dict.fromkeys(graph.find_nodes(op="placeholder"))
-    inputs, travelling = len(done), []
+    inputs = len(done)
+    travelling: list[fx.Node] = []
 
     def needed(targets: list[fx.Node]) -> set[fx.Node]:
         found, stack = {*targets}, [*targets]
@@ -89,7 +89,7 @@ def _ordered(graph: fx.Graph, in_flight: int) -> list[fx.Node]:
         travelling = [wait for wait in travelling if wait not in done]
         while len(travelling) >= in_flight:
             wait = travelling.pop(0)
-            for each in takewhile(lambda each, wait=wait: each is not wait, by_reader):  # what can be done meanwhile
+            for each in by_reader[: by_reader.index(wait)]:  # what can be done meanwhile
                 if each not in done and not any(is_start(need) or is_wait(need) for need in needed([each])):
                     emit(needed([each]))
             emit(needed([wait]))

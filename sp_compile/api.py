@@ -57,6 +57,8 @@ def parallelize(
         meshes.check_nodes(group, chosen.ranks_per_node)
         fields.update(_model_fields(model, chosen))
     parallel.group = meshes.with_nodes(group, chosen.ranks_per_node)
+    if chosen.measure_rates:
+        parallel.measure_rates()
     return parallel
 
 

@@ -88,5 +88,6 @@ def multiplications(node: fx.Node, size: Any) -> int:
     """Multiply-adds of a product with weights; ``size`` gives the true value of a symbolic size."""
     first = node.args[1] if node.target is aten.addmm.default else node.args[0]
     assert isinstance(first, fx.Node)
-    inner = size(first.meta["val"].shape[-1])
-    return inner * math.prod(size(each) for each in node.meta["val"].shape)
+    inner: int = size(first.meta["val"].shape[-1])
+    rest: int = math.prod(size(each) for each in node.meta["val"].shape)
+    return inner * rest

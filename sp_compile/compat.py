@@ -31,7 +31,7 @@ def process_group(name: str) -> Any:
 
 def register_work(tensor: torch.Tensor, work: Any) -> None:
     """Let ``wait_tensor`` of a tensor wait for work that writes it."""
-    torch._C._distributed_c10d._register_work(tensor, work)  # type: ignore[attr-defined]
+    torch._C._distributed_c10d._register_work(tensor, work)
 
 
 def size_source(name: str) -> Any:

@@ -9,20 +9,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from sp_compile import needs, ops
+from sp_compile import costs, needs, ops
 from sp_compile.codegen import LocalProgram
+from sp_compile.cuts import Cuts
 from sp_compile.errors import CacheError, StrategyError
 from sp_compile.isolation import Isolation, find_isolation
 from sp_compile.layout import TokenLayout
 from sp_compile.ledger import Window
 from sp_compile.masks import attention_rows
 from sp_compile.pipeline import PassStep, build_pipeline, run_pipeline
-from sp_compile.program import Program
+from sp_compile.placements import Shard
+from sp_compile.program import Program, placement
 from sp_compile.report import Report, make_report
 from sp_compile.requests import request_inputs
-from sp_compile.rules.attention import is_vector
-from sp_compile.symbols import shape_of
-from sp_compile.windows import needed_by
+from sp_compile.strategies import Site, applicable
+from sp_compile.strategies.base import Made, unmoved
 
 
 class Kind(NamedTuple):
@@ -177,26 +178,35 @@ class Analysis:
     names: list[str]
     program: Program
     apart: set[tuple[tuple[int, ...], bool]] = field(default_factory=set)
-    _attentions: dict[bool, list[needs.Attention]] = field(default_factory=dict)
+    _attentions: dict[bool, list[costs.Attention]] = field(default_factory=dict)
 
-    def attentions(self, counted: bool) -> list[needs.Attention]:
-        """As :meth:`_read`, read once."""
-        if counted not in self._attentions:
-            self._attentions[counted] = self._read(counted)
-        return self._attentions[counted]
-
-    def _read(self, counted: bool) -> list[needs.Attention]:
-        """What decides by which strategies the attentions run.
+    def attentions(self, counted: bool) -> list[costs.Attention]:
+        """What decides by which strategies the attentions run, read once.
 
         Args:
             counted: as in :class:`~sp_compile.program.Program`.
         """
-        found = []
-        for node in ops.attention_nodes(self.program.graph):
-            args, reach = ops.AttentionArgs(*node.args), needed_by(node, self.program.tokens, counted)
-            heads, kv_heads = (int(shape_of(each)[1]) for each in (args.q, args.k))
-            found.append(needs.Attention(reach, heads, kv_heads, all(is_vector(each, args) for each in args.operands)))
-        return found
+        if counted not in self._attentions:
+            self.program.counted = counted
+            cuts, made = Cuts(self.program, self.program.rates.operations_per_byte), Made()
+            nodes = ops.attention_nodes(self.program.graph)
+            self._attentions[counted] = [_described(Site(self.program, each, made), cuts) for each in nodes]
+        return self._attentions[counted]
+
+
+def _described(site: Site, cuts: Cuts) -> costs.Attention:
+    q, k, v = (each.meta["val"] for each in site.args[:3])
+    sources = [unmoved(each) for each in (site.args.k, site.args.v)]
+    spread = [*dict.fromkeys(each for each in sources if placement(each) == Shard(2))]
+    return costs.Attention(
+        reach=site.reach,
+        heads=int(q.shape[1]),
+        kv_heads=int(k.shape[1]),
+        dims=int(k.shape[3] + v.shape[3]),
+        itemsize=k.element_size(),
+        crossing=cuts.price(spread) if spread else 0.0,
+        applicable=tuple(applicable(site)),
+    )
 
 
 class Compiled:
@@ -206,6 +216,7 @@ class Compiled:
         build: makes the program of a :attr:`Step.kind`, for code that rests on certain sizes.
         agree: makes the program first, in agreement with the other ranks.
         capture: captures the same graph for a number of ranks, to be analysed.
+        choose: the fastest strategies for a layout and whether its requests are apart.
         codegen: ``inductor`` or ``eager``.
     """
 
@@ -214,9 +225,11 @@ class Compiled:
         build: Callable[[Kind, Mapping[str, int]], Program],
         agree: Callable[[Kind], tuple[Program, list[PassStep]]],
         capture: Callable[[int], Program],
+        choose: Callable[[TokenLayout, Sequence[costs.Attention], bool], Sequence[str]],
         codegen: str,
     ) -> None:
-        self._build, self._agree, self._capture, self._codegen = build, agree, capture, codegen
+        self._build, self._agree, self._capture, self._choose = build, agree, capture, choose
+        self._codegen = codegen
         self._inputs: Sequence[Any] = ()
         self._original: Mapping[str, Any] = {}
         self._variants: dict[Kind, Variant] = {}
@@ -287,7 +300,7 @@ class Compiled:
         """The program for a step, and the step with all that it needs."""
         if step.asked is not None and not step.cached:
             attentions = self._analysis(step.isolated).attentions(step.counted)
-            best = needs.choose_strategies(step.layout, attentions, step.apart)
+            best = self._choose(step.layout, attentions, step.apart)
             asked = step.asked(len(attentions))
             chosen = (each if wanted == "auto" else "" for each, wanted in zip(best, asked, strict=True))
             step = replace(step, strategies=tuple(chosen))

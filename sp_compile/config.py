@@ -28,6 +28,8 @@ CHOICES = {
 Config = TypeVar("Config", "CompileConfig", "JobConfig")
 AT_LEAST_1 = ("sp", "ranks_per_node", "repeats", "max_requests", "max_tokens", "max_new_tokens", "prefill_tokens")
 
+RATES = ("link_rate", "compute_rate")
+
 
 class _Checked:
     """Values with a fixed set of choices or a lower bound are checked whenever a configuration is made."""
@@ -36,6 +38,8 @@ class _Checked:
         for name, value in vars(self).items():
             if name in CHOICES and value not in CHOICES[name]:
                 raise ConfigError(f"{name}={value!r} is not known; pass one of {', '.join(map(str, CHOICES[name]))}")
+            if name in RATES and value is not None and not value > 0:
+                raise ConfigError(f"{name}={value!r} is no rate; pass a number above 0")
             if name in AT_LEAST_1 and value is not None and value < 1:
                 raise ConfigError(f"{name}={value!r} is too small; pass at least 1")
 
@@ -55,6 +59,10 @@ class CompileConfig(_Checked):
             ``local``, ``ring``, ``ulysses``, ``hybrid``, or ``auto`` for what is predicted to be fastest for the batch.
         ranks_per_node: how many adjacent ranks are a node, for ``hybrid``; null where that does not matter, or where
             ``parallelize`` gets a mesh.
+        link_rate, compute_rate: bytes per second that reach a rank, and operations per second that it computes, by
+            which ``auto`` chooses and what crosses is weighed against what is computed anew; null for what is usual
+            for the device: 2e9 and 5e10 for a CPU, 4e11 and 4e14 for a GPU.
+        measure_rates: measure these once, when the model is parallelized, in place of what is null.
         kernel: what computes attention on a rank: ``tiles``, ``flex``, ``dense``, ``dense_fp64``, or ``auto`` for what
             suits the device.
         verify_passes: check the graph's invariants after every pass.
@@ -68,6 +76,9 @@ class CompileConfig(_Checked):
     strict: bool = False
     attention: str = "allgather_kv"
     ranks_per_node: int | None = None
+    link_rate: float | None = None
+    compute_rate: float | None = None
+    measure_rates: bool = False
     kernel: str = "auto"
     verify_passes: bool = True
     check_inputs: bool = True

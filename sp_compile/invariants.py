@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
 from sp_compile import ops
+from sp_compile.collectives import depends, is_heavy, is_start, is_wait
 from sp_compile.placements import (
     REPLICATE,
     Gathered,
@@ -23,10 +24,10 @@ from sp_compile.placements import (
     describe,
     gathers_all,
 )
-from sp_compile.collectives import depends, is_heavy, is_start, is_wait
 from sp_compile.program import Program, op_name, placement, uncut_tokens
 from sp_compile.requests import keeps_apart
 from sp_compile.rules import Call, NoRule, apply
+from sp_compile.rules.gathered import through_dims
 from sp_compile.symbols import expr, is_tensor, shape_of
 
 
@@ -111,7 +112,10 @@ def _by_the_rules(program: Program) -> None:
                 _same(node, found, _outcome(Call(node, program.tokens, inputs, found)).output)
             continue
         if any(isinstance(each, Gathered | Picked) for each in inputs.values()) and node.target not in _BY_THEIR_RULES:
-            _same(node, found, _through_dims(program, node, inputs))
+            try:
+                _same(node, found, through_dims(node, program.tokens, inputs))
+            except NoRule as reason:
+                raise Violation(node, "a rule for gathered inputs", str(reason)) from None
             continue
         outcome = _outcome(Call(node, program.tokens, inputs, found if isinstance(found, Shard) else None))
         _same(node, found, outcome.output)
@@ -129,19 +133,6 @@ _BY_THEIR_RULES = (
     ops.merge_partials,
     ops.put_back,
 )
-
-
-def _through_dims(program: Program, node: fx.Node, inputs: dict[fx.Node, Any]) -> Any:
-    """Gathered or picked rows, of one kind, move through an op as the rank's rows would."""
-    assert program.tokens is not None
-    one, *others = {replace(each, dim=0) for each in inputs.values() if isinstance(each, Gathered | Picked)}
-    if others:
-        raise Violation(node, f"inputs of the same rows, as {describe(one)}", describe(others[0]))
-    cut = {each: Shard(held.dim) if isinstance(held, Gathered | Picked) else held for each, held in inputs.items()}
-    output = _outcome(Call(node, program.tokens, cut)).output
-    parts = output if isinstance(output, tuple) else (output,)
-    whole = tuple(replace(one, dim=each.dim) if isinstance(each, Shard) else each for each in parts)
-    return whole if isinstance(output, tuple) else whole[0]
 
 
 def _outcome(call: Call) -> Any:

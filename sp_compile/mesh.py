@@ -130,8 +130,8 @@ def _initialise() -> None:
 def _of_mesh(sp: int | None, mesh: Any) -> Group:
     if mesh.ndim > 2:
         raise MeshError(
-            f"the mesh has {mesh.ndim} axes {mesh.mesh_dim_names}; pass its one axis for sequences, mesh['sp'], or two, "
-            "as (nodes, ranks of a node)"
+            f"the mesh has {mesh.ndim} axes {mesh.mesh_dim_names}; pass its one axis for sequences, mesh['sp'], or "
+            "two, as (nodes, ranks of a node)"
         )
     if sp is not None and sp != mesh.size():
         raise MeshError(f"sp={sp} and a mesh of {mesh.size()} ranks; pass one of them")

@@ -14,11 +14,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from sp_compile.heads import head_lists
 from sp_compile.layout import TokenLayout
 
 FEWEST = 2  # rows: code is generated for any number from 2 on
-WORTH_IT = 0.9  # of the rows that an all-gather brings
 
 
 class Reach(NamedTuple):
@@ -126,39 +124,10 @@ def received(layout: TokenLayout, reach: Reach, apart: bool) -> int:
     return found
 
 
-class Attention(NamedTuple):
-    """What decides by which strategy an attention runs.
-
-    Attributes:
-        reach: how far queries see.
-        heads, kv_heads: how many there are.
-        by_rule: masks and biases are rules over vectors, of which ranks can have those of some heads.
-    """
-
-    reach: Reach
-    heads: int
-    kv_heads: int
-    by_rule: bool = True
-
-
-def choose_strategies(layout: TokenLayout, attentions: Sequence[Attention], apart: bool) -> tuple[str, ...]:
-    """The strategy of ``shard_attention`` for each attention that brings least to the rank that needs most.
-
-    What is counted are heads of rows, a key and its value or a query and its output. Other strategies than an
-    all-gather have to be worth it, and heads are spread evenly or not at all.
-    """
-    if apart and whole_on_ranks(layout):
-        return ("local",) * len(attentions)
-    others = (layout.sp - 1) * layout.shard_length
-    rows = {each: received(layout, each, apart) for each in {each.reach for each in attentions}}
-    found = []
-    for each in attentions:
-        brought = {"allgather_kv": WORTH_IT * others * each.kv_heads, "fetch": rows[each.reach] * each.kv_heads}
-        if each.by_rule and each.heads % layout.sp == 0:
-            lists = head_lists(each.heads, each.kv_heads, layout.sp)
-            brought["ulysses"] = others * (len(lists.queries[0]) + len(lists.keys[0]))
-        found.append(min(brought, key=lambda name: brought[name]))
-    return tuple(found)
+@lru_cache(maxsize=64)
+def seen_pairs(layout: TokenLayout, reach: Reach, apart: bool) -> tuple[int, ...]:
+    """Pairs of query and key that each rank's queries can see."""
+    return tuple(int(np.diff(_seen(layout, rank, reach, apart)).sum()) for rank in range(layout.sp))
 
 
 @lru_cache(maxsize=64)
@@ -175,20 +144,26 @@ def rows_of(layout: TokenLayout, rank: int) -> np.ndarray:
     return rows
 
 
+def _seen(layout: TokenLayout, rank: int, reach: Reach, apart: bool) -> np.ndarray:
+    """Rows that each of a rank's queries can see: int64 ``[rows, 2]`` of first and end."""
+    rows = rows_of(layout, rank)
+    edges = np.append(0, np.cumsum(layout.lengths if apart else [layout.tokens]))
+    request = np.searchsorted(edges[1:], rows, side="right")
+    low, high = edges[request], edges[request + 1]
+    if reach.back is not None:
+        low = np.maximum(low, rows - reach.back + 1)
+    if reach.ahead is not None:
+        high = np.minimum(high, rows + 1 + reach.ahead)
+    return np.stack([low, high], axis=1)
+
+
 def _intervals(layout: TokenLayout, rank: int, reach: Reach, apart: bool) -> np.ndarray:
     """Rows that a rank's queries can see: int64 ``[runs, 2]`` of first and end, which may overlap."""
-    rows = rows_of(layout, rank)
-    ends = np.cumsum(layout.lengths if apart else [layout.tokens])
-    request = np.searchsorted(ends, rows, side="right")
+    rows, seen = rows_of(layout, rank), _seen(layout, rank, reach, apart)
+    request = np.searchsorted(np.cumsum(layout.lengths), rows, side="right")
     begins = np.flatnonzero((np.diff(rows, prepend=-2) != 1) | (np.diff(request, prepend=-1) != 0))
-    of = request[begins]
-    first, last = rows[begins], rows[np.append(begins[1:], len(rows)) - 1] if len(rows) else rows
-    low, high = np.append(0, ends)[of], ends[of]
-    if reach.back is not None:
-        low = np.maximum(low, first - reach.back + 1)
-    if reach.ahead is not None:
-        high = np.minimum(high, last + 1 + reach.ahead)
-    return np.stack([low, high], axis=1)
+    ends = np.append(begins[1:], len(rows))[: len(begins)] - 1
+    return np.stack([seen[begins, 0], seen[ends, 1]], axis=1)
 
 
 def _within(rows: np.ndarray, intervals: np.ndarray) -> np.ndarray:

@@ -293,8 +293,8 @@ def attention(
         partial: the output is to be merged with others over further keys, and is not rounded to q's dtype before.
 
     Returns:
-        Output ``[batch, heads, queries, value_dim]`` in q's dtype (``partial``: the log-sum-exp's) and log-sum-exp ``[batch, heads, queries]`` in fp32
-        (fp64 for fp64), -inf for a row that sees nothing.
+        Output ``[batch, heads, queries, value_dim]`` in q's dtype (``partial``: in that of the log-sum-exp) and
+        log-sum-exp ``[batch, heads, queries]`` in fp32 (fp64 for fp64), -inf for a row that sees nothing.
     """
     out, lse = kernels.attend(kernel, q, k, v, operands, tables, rule, scale, plan, valid)
     if empty_mean:

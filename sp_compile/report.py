@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +13,10 @@ import numpy as np
 import torch
 from torch import fx
 
+from sp_compile.collectives import PRODUCTS, STARTS, multiplications, shadows
 from sp_compile.layout import TokenLayout
 from sp_compile.pipeline import PassStep
-from sp_compile.program import Fallback, Program, source_line
-
-c10d = torch.ops._c10d_functional
+from sp_compile.program import Fallback, Program, op_name, source_line
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,9 @@ class Collective:
     """One collective of the local graph.
 
     ``bytes_sent`` are the bytes that one rank sends: ``(n - 1)`` times its part for an all-gather among n ranks
-    (ring or direct), ``2 (n - 1) / n`` times the tensor for an all-reduce, half of that for an all-to-all; for an exchange of rows what
-    the others need of this rank's.
+    (ring or direct), ``2 (n - 1) / n`` times the tensor for an all-reduce, half of that for an all-to-all; for an
+    exchange of rows what the others need of this rank's. ``shadow`` is the work between its beginning and its wait, by
+    name and how often, and ``shadow_operations`` the floating-point operations of the products with weights among it.
     """
 
     name: str
@@ -32,6 +34,8 @@ class Collective:
     bytes_sent: int
     shape: str
     source: str
+    shadow: str
+    shadow_operations: int
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class Report:
         tokens_per_rank: rows of each rank without padding.
         attention_area_per_rank: query-key pairs that the masks leave, over all layers and sequences; an upper bound
             where a mask depends on activations.
+        strategies: by which each attention ran, in order.
         collectives: those of the local graph, in order.
         isolation: what the pass ``isolate_requests`` did to keep the requests apart; empty where the model does itself.
         fallbacks: ops on gathered inputs, attention that was not raised and masks that were not lifted.
@@ -56,6 +61,7 @@ class Report:
     shard_length: int
     tokens_per_rank: list[int]
     attention_area_per_rank: list[int]
+    strategies: list[str]
     collectives: list[Collective]
     isolation: str
     fallbacks: list[Fallback]
@@ -96,6 +102,7 @@ def make_report(
         shard_length=layout.shard_length,
         tokens_per_rank=list(layout.tokens_per_rank),
         attention_area_per_rank=attention_area(layout, rows),
+        strategies=list(program.ran_by),
         collectives=list(_collectives(program, sizes)),
         isolation=program.isolation,
         fallbacks=list(program.fallbacks),
@@ -103,44 +110,48 @@ def make_report(
     )
 
 
-def _collectives(program: Program, sizes: Mapping[str, int]) -> list[Collective]:
+def _collectives(program: Program, sizes: Mapping[str, int]) -> Iterator[Collective]:
     values = {size.node.expr: sizes.get(name) for name, size in program.symbols.items()}
-    found = []
-    for node in program.graph.nodes:
-        if node.target is c10d.all_gather_into_tensor.default:
-            part = _numel(node.args[0], values)
-            found.append(_collective(node, "all_gather", (node.args[1] - 1) * part, values))
-        elif node.target is c10d.all_to_all_single.default:
-            part = _numel(node.args[0], values)
-            ranks = len(node.args[1])
-            found.append(_collective(node, "all_to_all", (ranks - 1) * part // ranks, values))
-        elif node.target is torch.ops.sp_compile.exchange_rows.default:
+    for node, work in shadows(program.graph).items():
+        kind, part = STARTS[node.target], _numel(node.args[0], values)
+        if kind == "exchange":
             rows = sizes[f"sent_rows_{node.args[2].name.rpartition('_')[2]}"]
-            found.append(_collective(node, "exchange", rows * _numel(node.args[0], values, 1), values))
-        elif node.target is c10d.all_reduce.default:
-            part = _numel(node.args[0], values)
-            found.append(_collective(node, "all_reduce", 2 * (program.sp - 1) * part // program.sp, values))
-    return found
+            elements = rows * _numel(node.args[0], values, 1)
+        elif kind == "all_gather":
+            elements = part * (node.args[1] - 1)
+        elif kind == "all_to_all":
+            elements = part - part // len(node.args[1])
+        else:
+            elements = 2 * (program.sp - 1) * part // program.sp
+        yield _collective(node, kind, elements, work, values)
 
 
-def _collective(node: fx.Node, kind: str, elements: int, values: dict[Any, Any]) -> Collective:
+def _collective(
+    node: fx.Node, kind: str, elements: int, work: Sequence[fx.Node], values: Mapping[Any, Any]
+) -> Collective:
     value = node.meta["val"]
     shape = ", ".join(_size_text(size, values) for size in value.shape)
-    return Collective(node.name, kind, elements * value.element_size(), f"[{shape}]", source_line(node))
+    names = Counter(op_name(each).rpartition(".")[2] for each in work)
+    shadow = ", ".join(f"{count} {name}" for name, count in names.items())
+    products = [each for each in work if each.target in PRODUCTS]
+    operations = sum(2 * multiplications(each, lambda size: _known(size, values) or 1) for each in products)
+    return Collective(
+        node.name, kind, elements * value.element_size(), f"[{shape}]", source_line(node), shadow, operations
+    )
 
 
-def _numel(node: Any, values: dict[Any, Any], first: int = 0) -> int:
+def _numel(node: Any, values: Mapping[Any, Any], first: int = 0) -> int:
     """Elements for this layout, of the dims from ``first`` on; those that depend on data are counted as 1."""
     return math.prod(_known(size, values) or 1 for size in node.meta["val"].shape[first:])
 
 
-def _known(size: Any, values: dict[Any, Any]) -> int | None:
+def _known(size: Any, values: Mapping[Any, Any]) -> int | None:
     """The size for this layout; None where it depends on data."""
     number = size.node.expr.xreplace(values) if isinstance(size, torch.SymInt) else size
     return None if getattr(number, "free_symbols", None) else int(number)
 
 
-def _size_text(size: Any, values: dict[Any, Any]) -> str:
+def _size_text(size: Any, values: Mapping[Any, Any]) -> str:
     number = _known(size, values)
     return "?" if number is None else str(number)
 
@@ -159,9 +170,12 @@ def _text(report: Report) -> list[str]:
         text += ["", f"requests isolated: {report.isolation}"]
     text += ["", "pass                     lines changed  seconds"]
     text += [f"{step.name:24} {step.changed:>13}  {step.seconds:7.3f}" for step in report.steps]
+    if report.strategies:
+        text += ["", f"attention by {_runs(report.strategies)}"]
     text += ["", f"{len(report.collectives)} collectives, {report.bytes_sent} bytes sent by each rank"]
     text += [
-        f"  {each.kind:10} {each.bytes_sent:12} bytes  {each.shape:24} {each.source}" for each in report.collectives
+        f"  {each.kind:10} {each.bytes_sent:12} bytes  {each.shape:24} {each.source:32} {_shadow(each)}"
+        for each in report.collectives
     ]
     text += ["", f"{len(report.fallbacks)} fallbacks"]
     text += [
@@ -169,3 +183,20 @@ def _text(report: Report) -> list[str]:
         for each in report.fallbacks
     ]
     return text
+
+
+def _runs(names: Sequence[str]) -> str:
+    """Names with the numbers of those that have them: ``0-3: window, 4: fetch``."""
+    found, start = [], 0
+    for name, run in itertools.groupby(names):
+        end = start + len([*run])
+        found.append(f"{start}-{end - 1}: {name}" if end - start > 1 else f"{start}: {name}")
+        start = end
+    return ", ".join(found)
+
+
+def _shadow(each: Collective) -> str:
+    if not each.shadow:
+        return "nothing meanwhile"
+    operations = f", {each.shadow_operations:.2g} operations in products" if each.shadow_operations else ""
+    return f"meanwhile {each.shadow}{operations}"

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import lru_cache, wraps
+from functools import lru_cache, partial, wraps
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from sp_compile import fingerprint
 from sp_compile.capture import Captured, graph_break, is_specialised
 from sp_compile.compiled import Compiled, Kept, Kind, Step, index_inputs
 from sp_compile.config import CompileConfig
+from sp_compile.costs import choose_strategies, measured_rates, rates_of
 from sp_compile.errors import (
     BatchError,
     CacheError,
@@ -82,6 +83,7 @@ class ParallelModule(nn.Module):
         module: the model as it was given.
         group: the ranks that share a batch; ``group.rank`` is this one's number.
         layout: who holds which rows of the last batch, to interpret outputs that stay sharded; None before the first.
+        rates: of a rank and its links, by which strategies are chosen.
     """
 
     def __init__(self, module: nn.Module, group: Group, config: CompileConfig) -> None:
@@ -90,6 +92,7 @@ class ParallelModule(nn.Module):
         self.group = group
         self.compile_config = config
         self.layout: TokenLayout | None = None
+        self.rates = rates_of(_device(module), config.link_rate, config.compute_rate)
         self.pipeline: tuple[Pass, ...] = build_pipeline(config.pipeline, config.attention, config.kernel)
         self._signature = inspect.signature(module.forward)
         self._compiled: list[Compiled] = []
@@ -240,13 +243,25 @@ class ParallelModule(nn.Module):
         """Run the pipeline on a program of a captured graph."""
         if kind.cached and all(each.name != "shard_cache" for each in self.pipeline):
             raise CacheError("the pipeline has no shard_cache; add it behind shard_attention to run with a cache")
-        program = captured.program(self.group.size, self.group.name, kind.outputs)
+        program = self._at(captured.program(self.group.size, self.group.name, kind.outputs))
         program.isolated, program.cached, program.cache_dtype = kind.isolated, kind.cached, kind.cache_dtype
-        program.counted, program.strategies, program.nodes = kind.counted, kind.strategies, self.group.nodes
+        program.counted, program.strategies = kind.counted, kind.strategies
         program.hints = hints or {}
         program.compiled = self.compile_config.codegen == "inductor"
         steps = run_pipeline(program, self.pipeline, self.compile_config.verify_passes, trace)
         return program, steps
+
+    def measure_rates(self) -> None:
+        """Measure :attr:`rates`, but for those that the configuration names; on every rank at the same time."""
+        tensors = [each for each in self.module.parameters() if each.is_floating_point()]
+        dtype = tensors[0].dtype if tensors else torch.float32
+        found, config = measured_rates(self.group, _device(self.module), dtype), self.compile_config
+        self.rates = replace(found, link=config.link_rate or found.link, compute=config.compute_rate or found.compute)
+
+    def _at(self, program: Program) -> Program:
+        """The program, told of the ranks that it is for."""
+        program.nodes, program.rates = self.group.nodes, self.rates
+        return program
 
     def _agree(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], TokenLayout]:
         """Lay the batch out; ranks that cannot, or have another batch, are named on all."""
@@ -286,8 +301,7 @@ class ParallelModule(nn.Module):
             raise UnsupportedModelError("training through sp_compile is not supported yet; call model.eval()")
 
     def _device(self, named: Mapping[str, torch.Tensor]) -> torch.device:
-        tensors = (self.module.parameters(), self.module.buffers(), [token_input(named)[1]])
-        return next(itertools.chain(*tensors)).device
+        return _device(self.module, token_input(named)[1])
 
     def _prepare(self, named: Mapping[str, torch.Tensor], layout: TokenLayout) -> Step:
         tokens = token_input(named)[1]
@@ -373,7 +387,8 @@ class ParallelModule(nn.Module):
         compiled = Compiled(
             build=lambda kind, sizes: self.build(captured, kind, hints=sizes)[0],
             agree=agree,
-            capture=lambda sp: captured.program(sp, "analysed", "full"),
+            capture=lambda sp: self._at(captured.program(sp, "analysed", "full")),
+            choose=partial(choose_strategies, rates=self.rates, nodes=self.group.nodes),
             codegen=self.compile_config.codegen,
         )
         self._compiled.append(compiled)
@@ -398,6 +413,12 @@ class ParallelModule(nn.Module):
                 f"strict=True, but {each.op} ({each.source or 'no source line'}) is computed on gathered inputs: "
                 f"{each.reason}; {len(program.fallbacks)} such ops in all"
             )
+
+
+def _device(module: nn.Module, *others: torch.Tensor) -> torch.device:
+    """Where a model is, or what it gets."""
+    tensors = itertools.chain(module.parameters(), module.buffers(), others)
+    return next((each.device for each in tensors), torch.device("cpu"))
 
 
 def _with_signature_of(model: Callable[..., Any], run: Callable[..., Any]) -> Callable[..., Any]:

@@ -51,8 +51,8 @@ def attend_few(
     q_BGRD = q_BHQD.unflatten(1, (-1, group)).transpose(2, 3).flatten(2, 3)
     if [(each.q_start, each.q_end) for each in regions] == [(0, queries)]:
         (only,) = regions
-        seen = slice(only.k_start, only.k_end)
-        return _by_head(flash(q_BGRD, k_BGKD[:, :, seen], v_BGKE[:, :, seen], None, scale), group)
+        within = slice(only.k_start, only.k_end)
+        return _by_head(flash(q_BGRD, k_BGKD[:, :, within], v_BGKE[:, :, within], None, scale), group)
     wide = accumulated(q_BHQD.dtype)
     out = q_BGRD.new_zeros(*q_BGRD.shape[:3], v_BGKE.shape[-1], dtype=wide)
     lse = q_BGRD.new_full(q_BGRD.shape[:3], -torch.inf, dtype=wide)

@@ -38,7 +38,9 @@ def ringed(site: Site) -> None:
     for _ in fetches:
         with program.graph.inserting_before(before):
             stages.append(program.graph.node_copy(own))
-    for stage, keys in zip(stages, [Gathered(2, LOCAL_ROWS), *(fetched_keys(site, each) for each in fetches)], strict=True):
+    for stage, keys in zip(
+        stages, [Gathered(2, LOCAL_ROWS), *(fetched_keys(site, each) for each in fetches)], strict=True
+    ):
         bring(replace(site, node=stage), keys)
         stage.args = tuple(ops.AttentionArgs(*stage.args)._replace(empty_mean=False, partial=True))
         out, lse = stage.meta["val"]

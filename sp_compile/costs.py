@@ -1,0 +1,223 @@
+"""How long an attention takes by each strategy: bytes that cross, pairs that are computed, and what hides what.
+
+Times are those of the rank that is busiest. A prediction is for choosing, not for planning: what all strategies have
+in common is left out.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from sp_compile import needs
+from sp_compile.heads import HeadLists, head_lists
+from sp_compile.layout import TokenLayout
+from sp_compile.mesh import Group, Nodes
+from sp_compile.needs import Reach
+
+GAINS = 0.97  # of the time of an all-gather that another strategy may take at most
+WIDE = 4  # bytes of an element of a partial output
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a rank and its links do.
+
+    Attributes:
+        link: bytes per second that reach a rank.
+        compute: floating-point operations per second in attention.
+        latency: seconds that a collective takes with nothing to carry.
+        memory: bytes per second that a rank reads or writes.
+        hidden: share of a transfer that computation can hide; processors that also carry the bytes hide nothing.
+    """
+
+    link: float
+    compute: float
+    latency: float
+    memory: float
+    hidden: float
+
+    @property
+    def operations_per_byte(self) -> float:
+        """What a rank computes while a byte reaches it."""
+        return self.compute / self.link
+
+
+RATES = {"cpu": Rates(2e9, 50e9, 1e-4, 5e9, 0.0), "cuda": Rates(4e11, 4e14, 2e-5, 3e12, 0.9)}
+SAMPLE = 1 << 20  # elements of fp32 that are gathered to measure a link
+
+
+def rates_of(device: torch.device, link: float | None = None, compute: float | None = None) -> Rates:
+    """The rates of a kind of device, for a GPU those of an H100 with NVLink, but for those that are given."""
+    known = RATES["cpu" if device.type == "cpu" else "cuda"]
+    return Rates(link or known.link, compute or known.compute, known.latency, known.memory, known.hidden)
+
+
+def measured_rates(group: Group, device: torch.device, dtype: torch.dtype) -> Rates:
+    """The rates of a group's links and of rank 0's device, the same on every rank; call it on every rank."""
+    known = rates_of(device)
+    a = torch.randn(1024, 1024, device=device).to(dtype)
+    found = torch.tensor(
+        [known.link, 2 * 1024**3 / _seconds(lambda: a @ a, device), known.latency], dtype=torch.float64
+    )
+    if group.size > 1:
+        part = torch.zeros(SAMPLE, device=device)
+        whole = part.new_empty(group.size * SAMPLE)
+        bytes_in = (group.size - 1) * SAMPLE * part.element_size()
+        long = _seconds(lambda: dist.all_gather_into_tensor(whole, part, group=group.process_group), device)
+        few, short = part[:8], whole[: 8 * group.size]
+        found[2] = _seconds(lambda: dist.all_gather_into_tensor(short, few, group=group.process_group), device)
+        found[0] = bytes_in / max(long - float(found[2]), 1e-9)
+        found = found.to(device)
+        dist.broadcast(found, group=group.process_group, group_src=0)
+    link, compute, latency = found.tolist()
+    return Rates(link, compute, latency, known.memory, known.hidden)
+
+
+def _seconds(run: Callable[[], Any], device: torch.device, repeats: int = 5) -> float:
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+class Attention(NamedTuple):
+    """What decides by which strategy an attention runs.
+
+    Attributes:
+        reach: how far queries see.
+        heads, kv_heads: how many there are.
+        dims: of a key and a value together.
+        itemsize: bytes of an element.
+        crossing: bytes of a token that keys and values cost to bring to another rank, what is computed anew there
+            counted as bytes too, see :mod:`sp_compile.cuts`.
+        applicable: the strategies that it can run by, whatever the batch.
+    """
+
+    reach: Reach
+    heads: int
+    kv_heads: int
+    dims: int
+    itemsize: int
+    crossing: float
+    applicable: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Case:
+    layout: TokenLayout
+    attention: Attention
+    apart: bool
+    rates: Rates
+    nodes: Nodes | None
+
+    def all_gathered(self) -> float:
+        return self._computed() + self._sent(self._others(self.layout.sp) * self.attention.crossing)
+
+    def fetched(self) -> float:
+        return self._computed() + self._sent(self._received() * self.attention.crossing)
+
+    def ringed(self) -> float:
+        stages = len(needs.ring_stages(self.layout.sp))
+        bytes_in, computed = self._received() * self.attention.crossing / self.rates.link, self._computed()
+        exposed = bytes_in - min(self.rates.hidden * bytes_in, computed * stages / (stages + 1))
+        outputs = self.layout.shard_length * self.attention.heads * self.attention.dims / 2 * WIDE
+        merged = stages * 4 * outputs / self.rates.memory  # both read, one written, each a little
+        return computed + exposed + merged + stages * self.rates.latency
+
+    def spread(self) -> float:
+        lists = self._lists(self.layout.sp)
+        return self._computed_by_heads(lists) + self._exchanged(lists, self.layout.sp)
+
+    def spread_in_nodes(self) -> float:
+        assert self.nodes is not None
+        lists, size = self._lists(self.nodes.size), self.nodes.size
+        across = (self.layout.sp // size - 1) * size * self.layout.shard_length
+        keys = across * len(lists.keys[0]) * self.attention.dims * self.attention.itemsize
+        share = len(lists.queries[0]) / self.attention.heads
+        pairs = needs.seen_pairs(self.layout, self.attention.reach, self.apart)
+        busiest = max(sum(pairs[i : i + size]) for i in range(0, len(pairs), size))
+        return (
+            busiest * share * self._operations() / self.rates.compute + self._exchanged(lists, size) + self._sent(keys)
+        )
+
+    def _lists(self, ranks: int) -> HeadLists:
+        return head_lists(self.attention.heads, self.attention.kv_heads, ranks)
+
+    def _exchanged(self, lists: HeadLists, ranks: int) -> float:
+        """Heads there, outputs back."""
+        heads = len(lists.queries[0]) + len(lists.keys[0])
+        there_and_back = self._others(ranks) * heads * self.attention.dims * self.attention.itemsize
+        return self._sent(there_and_back) + self.rates.latency
+
+    def _computed(self) -> float:
+        return (
+            max(needs.seen_pairs(self.layout, self.attention.reach, self.apart))
+            * self._operations()
+            / self.rates.compute
+        )
+
+    def _computed_by_heads(self, lists: HeadLists) -> float:
+        pairs = sum(needs.seen_pairs(self.layout, self.attention.reach, self.apart))
+        return pairs * len(lists.queries[0]) / self.attention.heads * self._operations() / self.rates.compute
+
+    def _operations(self) -> float:
+        """Of a pair of query and key."""
+        return 2.0 * self.attention.heads * self.attention.dims
+
+    def _others(self, ranks: int) -> int:
+        return (ranks - 1) * self.layout.shard_length
+
+    def _received(self) -> int:
+        return needs.received(self.layout, self.attention.reach, self.apart)
+
+    def _sent(self, bytes_in: float) -> float:
+        return bytes_in / self.rates.link + self.rates.latency
+
+
+PREDICTED: dict[str, Callable[[_Case], float]] = {
+    "allgather_kv": _Case.all_gathered,
+    "fetch": _Case.fetched,
+    "ring": _Case.ringed,
+    "ulysses": _Case.spread,
+    "hybrid": _Case.spread_in_nodes,
+}
+
+
+def predicted_seconds(
+    layout: TokenLayout, attention: Attention, apart: bool, rates: Rates, nodes: Nodes | None = None
+) -> dict[str, float]:
+    """Seconds of an attention by each strategy that it can run by.
+
+    Args:
+        apart: no query sees another request.
+        nodes: of the ranks, where they are known.
+    """
+    case = _Case(layout, attention, apart, rates, nodes)
+    return {name: predict(case) for name, predict in PREDICTED.items() if name in attention.applicable}
+
+
+def choose_strategies(
+    layout: TokenLayout, attentions: Sequence[Attention], apart: bool, rates: Rates, nodes: Nodes | None = None
+) -> tuple[str, ...]:
+    """The strategy of ``shard_attention`` for each attention that is predicted to be fastest.
+
+    Other strategies than an all-gather have to gain something by it.
+    """
+    if apart and needs.whole_on_ranks(layout):
+        return ("local",) * len(attentions)
+    best: dict[Attention, str] = {}
+    for each in {*attentions}:
+        seconds = predicted_seconds(layout, each, apart, rates, nodes)
+        fastest = min(seconds, key=seconds.__getitem__)
+        best[each] = fastest if seconds[fastest] < GAINS * seconds["allgather_kv"] else "allgather_kv"
+    return tuple(best[each] for each in attentions)
