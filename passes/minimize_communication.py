@@ -115,9 +115,9 @@ class MinimizeCommunication(Pass):
 def _spread_together(graph: fx.Graph, moves: list[fx.Node]) -> None:
     """Spread the heads of queries, keys and values in one collective."""
     moves = [*dict.fromkeys(moves)]
-    sources: list[Any] = [each.args[0] for each in moves]
     if any(each.target is not ops.redistribute or not isinstance(placement(each), Heads) for each in moves):
         return
+    sources: list[Any] = [each.args[0] for each in moves]
     alike = {(placement(each), each.meta["val"].dtype) for each in sources}
     if len(moves) == 1 or len(alike) > 1 or not isinstance(placement(sources[0]), Shard):
         return

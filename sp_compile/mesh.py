@@ -138,6 +138,8 @@ def _of_mesh(sp: int | None, mesh: Any) -> Group:
     if mesh.ndim == 1:
         group = mesh.get_group()
         return Group(mesh.size(), mesh.get_local_rank(), group.group_name, group)
+    if mesh.mesh_dim_names is None:
+        raise MeshError("the mesh has 2 axes without names; make it with mesh_dim_names=('nodes', 'ranks')")
     whole = mesh._flatten()
     group = whole.get_group()
     outer, inner = (mesh.get_group(dim).group_name for dim in range(2))

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from sp_compile.errors import MeshError
 from sp_compile.launch import launch
-from sp_compile.mesh import Group, pretend, resolve, single
+from sp_compile.mesh import Group, check_nodes, pretend, resolve, single, with_nodes
 
 WORLD = 4
 C10D = torch.ops._c10d_functional
@@ -25,6 +25,16 @@ def summed(group: Group) -> tuple[int, int, list[float]]:
     dist.all_reduce(by_group, group=group.process_group)
     assert torch.equal(by_name, by_group)
     return group.size, group.rank, by_name.nonzero().flatten().tolist()
+
+
+def of_nodes(group: Group) -> tuple[int, int, list[list[int]]]:
+    """Size, rank, and who is on a rank's node and among its peers."""
+    assert group.nodes is not None
+    found = []
+    for name in (group.nodes.inner, group.nodes.outer):
+        who = torch.nn.functional.one_hot(torch.tensor(dist.get_rank()), WORLD)
+        found.append(C10D.wait_tensor(C10D.all_reduce(who, "sum", name)).nonzero().flatten().tolist())
+    return group.size, group.rank, found
 
 
 def refusal(*args: object) -> str:
@@ -45,8 +55,11 @@ def groups_of_four() -> dict[str, object]:
         "alone": resolve(1),
         "rows of the mesh": summed(resolve(None, mesh["sp"])),
         "columns of the mesh": summed(resolve(2, mesh["dp"])),
-        "two axes": refusal(None, mesh),
-        "two unnamed axes": refusal(2, unnamed),
+        "two axes": of_nodes(resolve(None, mesh)),
+        "two unnamed axes": refusal(4, unnamed),
+        "nodes of two": of_nodes(with_nodes(resolve(4), 2)),
+        "three axes": refusal(None, init_device_mesh("cpu", (1, 2, 2), mesh_dim_names=("dp", "nodes", "sp"))),
+        "another size than the mesh": refusal(2, unnamed),
         "another size": refusal(4, mesh["sp"]),
         "not a divisor": refusal(3),
         "too many": refusal(8),
@@ -87,8 +100,13 @@ def test_an_axis_of_a_mesh_is_a_group(found: list[dict[str, object]]):
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        ("two axes", "the mesh has 2 axes ('dp', 'sp'); pass its one axis for sequences, mesh['sp']"),
-        ("two unnamed axes", "the mesh has 2 axes None; pass its one axis for sequences, mesh['sp']"),
+        (
+            "three axes",
+            "the mesh has 3 axes ('dp', 'nodes', 'sp'); pass its one axis for sequences, mesh['sp'], or two, "
+            "as (nodes, ranks of a node)",
+        ),
+        ("two unnamed axes", "the mesh has 2 axes without names; make it with mesh_dim_names=('nodes', 'ranks')"),
+        ("another size than the mesh", "sp=2 and a mesh of 4 ranks; pass one of them"),
         ("another size", "sp=4 and a mesh of 2 ranks; pass one of them"),
         ("not a divisor", "sp=3 does not divide the world size 4; pass sp=1 or sp=2 or sp=4, or start 3 processes"),
         ("too many", "sp=8 does not divide the world size 4; pass sp=1 or sp=2 or sp=4, or start 8 processes"),
@@ -121,6 +139,33 @@ def test_more_ranks_without_a_process_group_are_told_how_to_start():
 @pytest.mark.parametrize("sp", [0, -2, "2", 2.0])
 def test_what_is_no_number_of_ranks_is_refused(sp: object):
     assert refusal(sp) == f"sp={sp!r} is not a number of ranks; pass sp >= 1"
+
+
+@pytest.mark.parametrize("case", ["two axes", "nodes of two"])
+def test_ranks_lie_on_nodes(found: list[dict[str, object]], case: str):
+    for rank, each in enumerate(found):
+        node, place = divmod(rank, 2)
+        assert each[case] == (4, rank, [[2 * node, 2 * node + 1], [place, place + 2]])
+
+
+@pytest.mark.parametrize(
+    ("sp", "size", "message"),
+    [
+        (4, 3, "ranks_per_node=3 makes no nodes of sp=4 ranks; pass 2, or leave it out"),
+        (12, 12, "ranks_per_node=12 makes no nodes of sp=12 ranks; pass 2 or 3 or 4 or 6, or leave it out"),
+        (3, 2, "ranks_per_node=2 makes no nodes of sp=3 ranks; leave it out"),
+    ],
+)
+def test_nodes_that_do_not_fit_are_refused(sp: int, size: int, message: str):
+    with pytest.raises(MeshError, match=message):
+        pretend(sp, size)
+
+
+def test_nodes_of_a_mesh_are_not_named_twice():
+    group = pretend(8, 4)
+    check_nodes(group, 4)
+    with pytest.raises(MeshError, match="ranks_per_node=2 and a mesh with 4; pass one of them"):
+        check_nodes(group, 2)
 
 
 def test_pretended_ranks_need_no_processes():

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sp_compile.layout import SCHEMES, TokenLayout, token_layout
-from sp_compile.needs import Attention, Fetch, Reach, choose_strategies, fetched_rows, received, rows_of, whole_on_ranks
+from sp_compile.needs import Fetch, Reach, fetched_rows, received, ring_stages, rows_of, seen_pairs, whole_on_ranks
 
 LAYOUTS = st.builds(
     token_layout,
@@ -74,19 +72,46 @@ def test_what_is_exchanged_of_known_batches():
     assert not whole_on_ranks(token_layout(lengths, 8, "zigzag"))
 
 
-def test_strategies_by_what_they_bring():
-    long, window, everything = Reach(None, 0), Reach(64, 0), Reach(None, None)
+@settings(max_examples=100, deadline=None)
+@given(LAYOUTS, REACHES, st.booleans())
+def test_the_stages_of_a_ring_bring_each_row_once(layout: TokenLayout, reach: Reach, apart: bool):
+    for rank in range(layout.sp):
+        *_, whole = fetched_rows(layout, rank, Fetch(reach), apart)
+        stages = [fetched_rows(layout, rank, Fetch(reach, each), apart) for each in ring_stages(layout.sp)]
+        assert sorted(np.concatenate([rows for *_, rows in stages]).tolist()) == sorted(whole.tolist())
+        for stage, (sent, counts, _) in zip(ring_stages(layout.sp), stages, strict=True):
+            near = [(rank - source) % layout.sp in range(*stage) for source in range(layout.sp)]
+            assert not counts[1][~np.asarray(near)].any()
+            assert counts[0].sum() == len(sent)
 
-    def chosen(layout: TokenLayout, *reaches: Reach, heads: int = 8, apart: bool = True, **more: Any) -> list[str]:
-        return [*choose_strategies(layout, [Attention(each, heads, 4, **more) for each in reaches], apart)]
 
-    zigzag = token_layout([8192], 8, "zigzag")  # the rank with the last block needs nearly all
-    assert chosen(zigzag, window, long, window, heads=28) == ["fetch", "allgather_kv", "fetch"]
-    assert chosen(zigzag, window, long) == ["fetch", "ulysses"]  # 1 + 1 heads of a row, of 4
-    assert chosen(zigzag, long, by_rule=False) == ["allgather_kv"]
-    assert chosen(token_layout([8192], 3, "zigzag"), long) == ["allgather_kv"]  # three ranks, eight heads
-    short = token_layout([100] * 16, 8, "whole")
-    assert chosen(short, long, everything) == ["local", "local"]
-    assert chosen(short, everything, heads=28, apart=False) == ["allgather_kv"]
-    mixed = token_layout([4000, *[100] * 40], 8, "whole")
-    assert chosen(mixed, long, heads=28) == ["fetch"]
+def test_a_ring_of_many_ranks_has_few_stages():
+    for sp in range(2, 70):
+        stages = ring_stages(sp)
+        assert len(stages) <= 8
+        assert [each for stage in stages for each in range(*stage)] == [*range(1, sp)]
+
+
+def test_a_block_that_no_query_sees_is_not_sent():
+    """Contiguous and causal: the first rank needs nothing, and sends to all."""
+    layout = token_layout([64], 4, "contiguous")
+    counts = [
+        fetched_rows(layout, 0, Fetch(Reach(None, 0), each), True)[1].sum(axis=1).tolist() for each in ring_stages(4)
+    ]
+    assert counts == [[16, 0]] * 3
+
+
+@settings(max_examples=60, deadline=None)
+@given(LAYOUTS, REACHES, st.booleans())
+def test_pairs_are_those_that_queries_see(layout: TokenLayout, reach: Reach, apart: bool):
+    request = np.repeat(np.arange(len(layout.lengths)), layout.lengths)
+    for rank, found in enumerate(seen_pairs(layout, reach, apart)):
+        rows, keys = rows_of(layout, rank)[:, None], np.arange(layout.tokens)[None, :]
+        seen = np.ones((len(rows), layout.tokens), dtype=bool)
+        if apart:
+            seen &= request[rows] == request[keys]
+        if reach.back is not None:
+            seen &= keys > rows - reach.back
+        if reach.ahead is not None:
+            seen &= keys <= rows + reach.ahead
+        assert found == seen.sum()

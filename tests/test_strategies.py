@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import sp_compile
 from sp_compile.errors import StrategyError
-from sp_compile.needs import Fetch, Reach, fetched_rows
+from sp_compile.needs import Fetch, Reach, fetched_rows, ring_stages
 from tests.attention_kinds import KINDS
 from tests.models import llama
 from tests.test_attention import check
@@ -55,15 +55,17 @@ def test_a_rank_fetches_what_its_queries_see(ranks, sp: int, scheme: str):
             assert compiles == 1
 
 
-def test_generated_code_serves_all_mixes(ranks):
-    for each in ranks(2).run(ran, "llama", MIXES, attention="fetch", timeout=900):
+@pytest.mark.parametrize("strategy", ["fetch", "ring"])
+def test_generated_code_serves_all_mixes(ranks, strategy: str):
+    for each in ranks(2).run(ran, "llama", MIXES, attention=strategy, timeout=900):
         assert max(worst for worst, *_ in each) <= 1e-5
         assert {compiles for _, _, compiles, _ in each} == {1}
 
 
 def test_the_best_for_each_batch_and_layer(ranks):
     """Local and global layers: which moves what depends on the batch."""
-    first, _ = ranks(2).run(ran, "gemma3_text", MIXES, attention="auto", scheme="auto")
+    slow = {"link_rate": 1e5, "compute_rate": 2.5e6}
+    first, _ = ranks(2).run(ran, "gemma3_text", MIXES, attention="auto", scheme="auto", **slow)
     assert max(worst for worst, *_ in first) <= 1e-5
     kinds = [[kind for kind, _ in crossing] for _, crossing, _, _ in first]
     assert kinds[2] == []  # short requests, each whole on a rank
@@ -79,6 +81,60 @@ def padded(strategy: str) -> float:
     with torch.no_grad():
         found, expected = (each(input_ids=ids, attention_mask=mask).logits for each in (parallel, model))
     return error(found, expected)
+
+
+@pytest.mark.parametrize(("sp", "scheme"), [(3, "zigzag"), pytest.param(4, "contiguous", marks=pytest.mark.slow)])
+def test_a_ring_moves_what_a_fetch_does_a_rank_at_a_time(ranks, sp: int, scheme: str):
+    for rank, each in enumerate(ranks(sp).run(ran, "llama", MIXES, attention="ring", scheme=scheme)):
+        for worst, crossing, compiles, layout in each:
+            assert worst <= 1e-5
+            stages = [fetched_rows(layout, rank, Fetch(Reach(None, 0), stage), True)[0] for stage in ring_stages(sp)]
+            assert crossing == [("exchange", len(sent) * ROW) for sent in stages] * 2
+            assert compiles == 1
+
+
+def test_heads_within_nodes_and_keys_and_values_across(ranks):
+    """8 query and 2 key/value heads over 2 nodes of 2 ranks."""
+    for each in ranks(4).run(ran, "llama", MIXES, attention="hybrid", ranks_per_node=2):
+        for worst, crossing, compiles, layout in each:
+            assert worst <= 1e-5
+            row = layout.shard_length * 8 * 4
+            within = ("all_to_all", row * (8 + 2 * 2) // 2)  # queries, keys and values to the other rank of the node
+            across = ("all_gather", 2 * row * 2)  # of both ranks' rows, keys and values of one head
+            back = ("all_to_all", row * 8 // 2)
+            assert crossing == [within, across, back] * 2
+            assert compiles == 1
+
+
+LINK = {"link_rate": 5e7, "compute_rate": 5e10}  # a byte is worth 1,000 operations
+FORMULAS = {  # bytes of a token that cross in each layer, in fp32
+    "llama 8:2": ("llama", {}, 2 * 2 * 8 * 4),
+    "MLA": ("deepseek_v3", LINK, (32 + 8) * 4),  # the latent, and the rotary part of all heads
+    "MLA, where computing is dear": ("deepseek_v3", {"link_rate": 5e12, "compute_rate": 5e10}, 4 * (16 + 8 + 16) * 4),
+    "hidden state": ("gpt2", LINK, 64 * 4),  # of 2 * 64
+}
+
+
+@pytest.mark.parametrize("case", FORMULAS)
+@pytest.mark.parametrize("sp", [2, 5])
+def test_bytes_of_a_layer_are_those_of_the_formula(case: str, sp: int):
+    name, options, bytes_of_token = FORMULAS[case]
+    model = llama() if name == "llama" else build(name)
+    report = sp_compile.explain(model, {**requests([37, 8]), "use_cache": False}, sp=sp, **options)
+    *layers, _ = [each.bytes_sent for each in report.collectives]  # the last are the logits
+    assert layers == [(sp - 1) * report.shard_length * bytes_of_token] * 2
+
+
+def test_bytes_of_a_window_are_its_halo():
+    """Each rank's first rows see 7 rows of the one before."""
+    model = build("mistral")
+    window = model.config.sliding_window
+    options = {"attention": "window", "scheme": "contiguous"}
+    report = sp_compile.explain(model, {**requests([90]), "use_cache": False}, sp=3, **options)
+    *layers, _ = [each.bytes_sent for each in report.collectives]
+    kv = 2 * model.config.num_key_value_heads * model.config.head_dim * 4
+    assert layers == [(window - 1) * kv] * len(layers)
+    assert report.strategies == ["window"] * len(layers)
 
 
 @pytest.mark.parametrize("strategy", ["fetch", "ulysses"])
@@ -130,7 +186,7 @@ def refused() -> dict[str, str]:
 
 def test_what_does_not_apply_is_refused_with_what_would(ranks):
     for found in ranks(2).run(refused):
-        assert "sets no bound on how far back a query sees; fetch and allgather_kv apply" in found["window"]
+        assert "sets no bound on how far back a query sees; what applies is allgather_kv, fetch," in found["window"]
         assert "use scheme='whole' and short requests from pack, or attention='fetch'" in found["local"]
 
 
@@ -151,18 +207,25 @@ def with_cache() -> float:
     return worst
 
 
-FAST = {"fetch": ["window", "packed", "MLA"], "ulysses": ["ALiBi", "sinks", "relative bias per head", "MLA"]}
+FAST = {  # at sp=3 in fp32
+    "fetch": ["window", "packed", "MLA"],
+    "ring": ["window", "packed", "sinks", "padded left"],
+    "ulysses": ["ALiBi", "sinks", "relative bias per head", "MLA"],
+    "hybrid": [],
+}
 CASES = [
     pytest.param(sp, strategy, kind, dtype, marks=[] if (sp, dtype) == (3, torch.float32) and kind in FAST[strategy]
                  else pytest.mark.slow)
     for sp in (2, 3, 4) for strategy in FAST for kind in KINDS for dtype in (torch.float32, torch.bfloat16)
+    if strategy != "hybrid" or sp == 4
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("sp", "strategy", "kind", "dtype"), CASES)
 def test_every_kind_of_attention(ranks, sp: int, strategy: str, kind: str, dtype: torch.dtype):
     forms = KINDS[kind].forms[:1]
-    for errors, fallbacks, wide in ranks(sp).run(run_kind, kind, dtype, forms, attention=strategy):
+    options = {"attention": strategy, "ranks_per_node": 2 if strategy == "hybrid" else None}
+    for errors, fallbacks, wide in ranks(sp).run(run_kind, kind, dtype, forms, **options):
         check(errors, dtype)
         assert not fallbacks
         assert not wide
@@ -179,7 +242,7 @@ def of_heads(sizes: list[tuple[int, int]]) -> list[tuple[float, int]]:
         with torch.no_grad():
             worst = error(parallel(**batch, use_cache=False).logits, model(**batch, use_cache=False).logits)
         crossing = [each for each in parallel.report().collectives if each.kind == "all_to_all"]
-        assert len(crossing) == 4
+        assert len(crossing) == 2  # queries, keys and values together, and outputs
         found.append((worst, sum(each.bytes_sent for each in crossing)))
     return found
 

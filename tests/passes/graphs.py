@@ -98,7 +98,8 @@ def after(
     names = names[: names.index(last) + 1] if last is not None else []
     pipeline = [{name: dict((options or {}).get(name, {}))} for name in names]
     module = model if isinstance(model, nn.Module) else small(model)
-    parallel = ParallelModule(module.eval(), mesh.pretend(sp), compile_config(pipeline=pipeline, **config))
+    chosen = compile_config(pipeline=pipeline, **config)
+    parallel = ParallelModule(module.eval(), mesh.pretend(sp, chosen.ranks_per_node), chosen)
     build = parallel.build
 
     def captured(gm: fx.GraphModule, *_: Any, **__: Any) -> Any:
@@ -226,10 +227,11 @@ class Ranks:
         held = placement(node)
         at = next((i for i, each in enumerate(args) if isinstance(each, (list, tuple)) and all(
             isinstance(size, int) for size in each)), None)  # fmt: skip
-        if at is None or not isinstance(held, Shard) or op_name(node).removeprefix("aten.") not in SHAPED:
+        if at is None or not isinstance(held, Shard | Gathered) or op_name(node).removeprefix("aten.") not in SHAPED:
             return args
         shape = list(args[at])
-        shape[held.dim] = held.outer * held.inner * self.layout.shard_length
+        times = held.outer * held.inner if isinstance(held, Shard) else self.layout.sp
+        shape[held.dim] = times * self.layout.shard_length
         return (*args[:at], shape, *args[at + 1 :])
 
     def _redistribute(self, held: list[torch.Tensor], source: Any, target: Any) -> list[torch.Tensor]:

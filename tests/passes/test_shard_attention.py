@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from sp_compile import ops
 from sp_compile.errors import ConfigError, StrategyError
 from sp_compile.layout import token_layout
 from sp_compile.needs import Fetch, Reach
 from sp_compile.pipeline import build_pipeline
-from sp_compile.placements import Shard, describe
+from sp_compile.placements import Gathered, Shard, describe
 from sp_compile.program import placement
 from tests.passes.graphs import LENGTHS, after, call, calls, check_placements, embeds, packed, placed, qkv, repeated
 
@@ -34,7 +35,7 @@ def unlifted(self: Any, inputs_embeds: torch.Tensor) -> torch.Tensor:
 
 def test_keys_values_and_masks_of_keys_are_gathered_in_padded_order_and_queries_stay():
     program = after("shard_attention", causal, packed(32))
-    q, k, v, operands, *_, valid = call(program, "sp_compile.attention").args
+    q, k, v, operands, *_, valid, _ = call(program, "sp_compile.attention").args
     assert [describe(placement(each)) for each in (q, k, v)] == ["Shard(2)", "Gathered(2)", "Gathered(2)"]
     assert sorted(describe(placement(each)) for each in operands) == ["Gathered(3)", "Shard(2)"]
     assert [k.meta["val"].shape[1], v.meta["val"].shape[1]] == [2, 2]  # not repeated
@@ -78,7 +79,7 @@ def test_every_rank_computes_its_rows_of_the_attention(forward: Any, inputs: Any
 def test_one_rank_keeps_its_keys():
     program = after("shard_attention", causal, packed(32), sp=1)
     assert calls(program, "redistribute") == []
-    assert call(program, "sp_compile.attention").args[-1] is None
+    assert ops.AttentionArgs(*call(program, "sp_compile.attention").args).valid is None
 
 
 def test_an_unknown_strategy_is_refused_with_the_nearest():
@@ -99,7 +100,7 @@ def keys_of(options: dict[str, Any], last: str = "shard_attention", **more: Any)
     for node in calls(program, "sp_compile.attention"):
         k, v = node.args[1:3]
         assert placement(k) == placement(v)
-        valid = node.args[-1].meta["index_input"]
+        valid = ops.AttentionArgs(*node.args).valid.meta["index_input"]
         assert valid == {"": "gathered", "local": "local"}.get(placement(k).of, placement(k).of[:-2]) + (
             f"_valid{placement(k).of[-2:] if placement(k).of.startswith('reach') else ''}"
         )
@@ -122,8 +123,13 @@ def test_layers_may_have_strategies_of_their_own():
 
 
 def test_a_strategy_that_does_not_apply_is_refused_with_those_that_do():
-    with pytest.raises(StrategyError, match=r"window at .*test_shard_attention.py:\d+.*fetch and allgather_kv apply"):
+    told = (
+        r"window for attention 1 at .*test_shard_attention.py:\d+.*; what applies is allgather_kv, fetch, ring, ulysses"
+    )
+    with pytest.raises(StrategyError, match=told):
         keys_of({"strategy": "window"})
+    with pytest.raises(StrategyError, match=r"hybrid for attention 0 .*there is no 2-D mesh; pass one of"):
+        keys_of({"strategy": "hybrid"})
     with pytest.raises(StrategyError, match="layers name attention 2, and the model has 2"):
         keys_of({"layers": {"0-2": "fetch"}})
     with pytest.raises(ConfigError, match="layers='first' is no number"):
@@ -135,7 +141,7 @@ def test_a_strategy_that_does_not_apply_is_refused_with_those_that_do():
 def test_heads_are_spread_and_outputs_come_back():
     program = after("shard_attention", causal, packed(32), options={"shard_attention": {"strategy": "ulysses"}})
     node = call(program, "sp_compile.attention")
-    q, k, v, operands, *_, valid = node.args
+    q, k, v, operands, *_, valid, _ = node.args
     assert [describe(placement(each)) for each in (q, k, v)] == ["Heads(1, 2 a rank)", *["Heads(1, 1 a rank)"] * 2]
     assert placement(q).lists == ((0, 1), (2, 3))
     assert sorted(describe(placement(each)) for each in operands) == ["Gathered(2)", "Gathered(3)"]
@@ -148,8 +154,60 @@ def test_heads_are_spread_and_outputs_come_back():
 
 
 def test_a_mask_of_pairs_cannot_be_had_for_some_heads():
-    with pytest.raises(StrategyError, match=r"has a value for every query and key.*fetch and allgather_kv apply"):
-        after("shard_attention", unlifted, embeds(32), options={"shard_attention": {"strategy": "ulysses"}})
+    for strategy in ("ulysses", "ring"):
+        with pytest.raises(
+            StrategyError, match=r"has a value for every query and key.*what applies is allgather_kv, fetch$"
+        ):
+            after("shard_attention", unlifted, embeds(32), options={"shard_attention": {"strategy": strategy}})
+
+
+def test_a_row_that_sees_nothing_needs_all_values_at_once():
+    """Softmax by hand over a mask that may hide all: such a row is the mean of all values."""
+
+    def forward(self: Any, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        q, k, v = qkv(inputs_embeds)
+        seen = (position_ids[:, None, None, :] > 0) & (position_ids[:, None, None, :] <= position_ids[:, None, :, None])
+        scores = (q @ repeated(k).transpose(2, 3)).masked_fill(~seen, torch.finfo(torch.float32).min)
+        return scores.softmax(-1) @ repeated(v)
+
+    with pytest.raises(
+        StrategyError, match=r"ring .*may see nothing gets the mean of all values; what applies is .*fetch"
+    ):
+        after("shard_attention", forward, packed(32), options={"shard_attention": {"strategy": "ring"}})
+
+
+def test_a_ring_attends_to_one_rank_after_another_and_merges():
+    program = after("shard_attention", causal, packed(32), sp=4, options={"shard_attention": {"strategy": "ring"}})
+    attentions = calls(program, "sp_compile.attention")
+    assert [describe(placement(each.args[1])) for each in attentions] == [
+        "Gathered(2, local)", *(f"Gathered(2, stage_{i})" for i in range(3))
+    ]  # fmt: skip
+    assert [each.stage for each in program.fetches] == [(1, 2), (2, 3), (3, 4)]
+    for node in attentions:
+        q, k, v, operands, *_, valid, partial = node.args
+        assert describe(placement(q)) == "Shard(2)"
+        assert placement(k) == placement(v)
+        assert placement(k).of in {placement(each).of for each in operands if isinstance(placement(each), Gathered)}
+        assert valid.meta["index_input"].startswith(placement(k).of[:5])
+        assert partial
+    assert len(calls(program, "merge_partials")) == 3
+    after("localize_shapes", causal, packed(32), sp=4, options={"shard_attention": {"strategy": "ring"}})
+
+
+def test_one_round_of_many_ranks_is_few_attentions():
+    program = after("shard_attention", causal, packed(32), sp=64, options={"shard_attention": {"strategy": "ring"}})
+    assert len(calls(program, "sp_compile.attention")) == 1 + 8
+
+
+def test_heads_are_spread_in_nodes_and_keys_come_from_all():
+    options = {"shard_attention": {"strategy": "hybrid"}}
+    program = after("shard_attention", causal, packed(32), sp=6, options=options, ranks_per_node=2)
+    q, k, v, operands, *_ = call(program, "sp_compile.attention").args
+    assert [describe(placement(each)) for each in (q, k, v)] == [
+        "Heads(1, 2 a rank, node)", "Heads(1, 1 a rank)", "Heads(1, 1 a rank)"
+    ]  # fmt: skip
+    assert sorted(describe(placement(each)) for each in operands) == ["Gathered(2, node)", "Gathered(3)"]
+    after("overlap_communication", causal, packed(32), sp=6, options=options, ranks_per_node=2)
 
 
 def test_indices_of_activations_are_gathered_for_heads_and_not_taken_for_known():
