@@ -23,11 +23,12 @@ After::
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import fx
 
-from sp_compile.collectives import is_start, is_wait, reading_order
+from sp_compile.collectives import is_heavy, is_start, is_wait, reading_order
 from sp_compile.errors import ConfigError
 from sp_compile.invariants import LOCAL, LOWERED, OVERLAPPED
 from sp_compile.pipeline import Pass
@@ -83,12 +84,12 @@ def _ordered(graph: fx.Graph, in_flight: int) -> list[fx.Node]:
     def emit(nodes: set[fx.Node]) -> None:
         done.update(dict.fromkeys(sorted(nodes, key=order.__getitem__)))
 
-    starts = [node for node in graph.nodes if is_start(node)]
-    for node in sorted(starts, key=lambda node: min(order[wait] for wait in node.users)):
+    for node in _starts(graph, order):
         emit(needed([node]) - {node})
         travelling = [wait for wait in travelling if wait not in done]
         while len(travelling) >= in_flight:
-            wait = travelling.pop(0)
+            wait = min(travelling, key=order.__getitem__)
+            travelling.remove(wait)
             for each in by_reader[: by_reader.index(wait)]:  # what can be done meanwhile
                 if each not in done and not any(is_start(need) or is_wait(need) for need in needed([each])):
                     emit(needed([each]))
@@ -97,3 +98,16 @@ def _ordered(graph: fx.Graph, in_flight: int) -> list[fx.Node]:
         travelling += filter(is_wait, node.users)
     emit({*graph.nodes} - done.keys())
     return [*done][inputs:]
+
+
+def _starts(graph: fx.Graph, order: Mapping[fx.Node, tuple[int, int]]) -> list[fx.Node]:
+    """Collectives by when they can begin, those that are read first before others."""
+    ready: dict[fx.Node, int] = {}
+    behind: dict[fx.Node, int] = {}  # the last work or collective that a node comes after
+    for i, node in enumerate(graph.nodes):
+        behind[node] = max((behind[each] for each in node.all_input_nodes), default=-1)
+        if is_start(node):
+            ready[node] = behind[node]
+        if is_heavy(node) or is_start(node):
+            behind[node] = i
+    return sorted(ready, key=lambda node: (ready[node], min(order[wait] for wait in node.users)))

@@ -231,8 +231,8 @@ def _overlapped(program: Program) -> None:
     nodes = [*program.graph.nodes]
     for i, node in enumerate(nodes):
         if is_wait(node):
-            following = next(filter(is_heavy, nodes[i + 1 :]), None)
-            if following is not None and not depends(following, node):
+            following = next((each for each in nodes[i + 1 :] if is_heavy(each) or is_start(each)), None)
+            if following is not None and is_heavy(following) and not depends(following, node):
                 raise Violation(node, "a wait behind all work that does not need it", f"%{following.name} after it")
         elif is_start(node):
             before = next((each for each in reversed(nodes[:i]) if is_heavy(each) or is_wait(each)), None)
