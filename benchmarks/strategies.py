@@ -1,8 +1,12 @@
-"""Strategies for attention and token layouts: time, bytes on the wire, balance; in one interleaved run.
+"""Strategies for attention and token layouts: time, bytes on the wire, balance, and how well ``auto`` chooses.
 
-Run ``python benchmarks/strategies.py`` on an otherwise idle machine; ``--help`` shows what can be chosen. Bytes on the
-wire are those that the loopback device carried during a forward, with the headers of its packets; other traffic on it
-spoils them.
+Run ``python benchmarks/strategies.py`` on an otherwise idle machine; ``--help`` shows what can be chosen. The first
+part is one interleaved run of all setups on real ranks. Bytes on the wire are those that the loopback device carried
+during a forward, with the headers of its packets; other traffic on it spoils them.
+
+The second part asks how good the choices of ``auto`` are where links are slower or faster than here: ranks that are
+pretended in one process, the first and the last of four, run their local graphs with collectives that carry nothing,
+and what a collective takes is added by its bytes and the link's rate. The grid are models, mixes of requests and rates.
 """
 
 from __future__ import annotations
@@ -12,11 +16,13 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from prefill import llama
 from servers import Server, answer, serve, write
 
@@ -25,15 +31,16 @@ from sp_compile.layout import token_layout
 from sp_compile.measure import machine, versions
 
 
-def mixes() -> dict[str, list[int]]:
-    """Requests of about 8,192 tokens: one, of all lengths, a long one among short ones, and short ones."""
+def mixes(tokens: int = 8192) -> dict[str, list[int]]:
+    """Requests of about so many tokens: one, of all lengths, a long one among short ones, and short ones."""
     generator = np.random.default_rng(0)
     spread = np.exp(generator.uniform(np.log(64), np.log(4096), 8))
+    short = generator.integers(4, 128, 31)
     return {
-        "one": [8192],
-        "of all lengths": np.maximum(1, spread * 8192 / spread.sum()).astype(int).tolist(),
-        "one long, 31 short": [6144, *generator.integers(4, 128, 31).tolist()],
-        "64 short": generator.integers(4, 253, 64).tolist(),
+        "one": [tokens],
+        "of all lengths": np.maximum(1, spread * tokens / spread.sum()).astype(int).tolist(),
+        "one long, 31 short": [tokens * 3 // 4, *np.maximum(1, short * tokens // 8192).tolist()],
+        "64 short": np.maximum(1, generator.integers(4, 253, 64) * tokens // 8192).tolist(),
     }
 
 
@@ -41,20 +48,25 @@ SETUPS = {  # scheme, strategy, ranks
     "sp=1": ("zigzag", "allgather_kv", 1),
     "zigzag, allgather_kv": ("zigzag", "allgather_kv", 2),
     "zigzag, fetch": ("zigzag", "fetch", 2),
-    "whole, fetch": ("whole", "fetch", 2),
+    "zigzag, ring": ("zigzag", "ring", 2),
     "zigzag, ulysses": ("zigzag", "ulysses", 2),
+    "whole, fetch": ("whole", "fetch", 2),
     "auto, auto": ("auto", "auto", 2),
 }
+
+
+def batch(lengths: Sequence[int]) -> dict[str, torch.Tensor]:
+    """One request as it is, several packed."""
+    generator = torch.Generator().manual_seed(sum(lengths))
+    ids = [torch.randint(3, 1024, (length,), generator=generator) for length in lengths]
+    return {"input_ids": ids[0][None]} if len(ids) == 1 else dict(sp_compile.pack(ids))
 
 
 def run(scheme: str, strategy: str, sp: int, threads: int, orders: str) -> None:
     """Serve forwards of one setup."""
     torch.set_num_threads(threads)
     parallel = sp_compile.parallelize(llama(), sp=sp, scheme=scheme, attention=strategy, outputs="sharded")
-    generator, batches = torch.Generator().manual_seed(0), {}
-    for name, lengths in mixes().items():
-        ids = [torch.randint(3, 1024, (length,), generator=generator) for length in lengths]
-        batches[name] = {"input_ids": ids[0][None]} if len(ids) == 1 else dict(sp_compile.pack(ids))
+    batches = {name: batch(lengths) for name, lengths in mixes().items()}
 
     def reply(order: str) -> float:
         what, _, mix = order.partition(" ")
@@ -76,7 +88,7 @@ def carried() -> int:
     raise RuntimeError("there is no device 'lo'")
 
 
-def balance(scheme: str, lengths: list[int], sp: int) -> dict[str, float]:
+def balance(scheme: str, lengths: Sequence[int], sp: int) -> dict[str, float]:
     """The most that a rank has over the mean, of causal attention's area and of tokens."""
     layout = token_layout(lengths, sp, scheme)
     seen = np.concatenate([np.arange(1, length + 1) for length in lengths])
@@ -85,17 +97,17 @@ def balance(scheme: str, lengths: list[int], sp: int) -> dict[str, float]:
     return {"area": float(area.max() / area.mean()), "tokens": float(tokens.max() / tokens.mean())}
 
 
-def measure(rounds: int, names: list[str]) -> list[dict[str, Any]]:
+def measure(rounds: int, names: Sequence[str]) -> list[dict[str, Any]]:
     """Medians of all rounds, a row for each mix and setup."""
-    servers = {}
-    for name, (scheme, strategy, sp) in SETUPS.items():
-        servers[name] = Server(name, __file__, [scheme, strategy], sp, 1)
-    found: dict[tuple[str, str], list[float]] = {(mix, name): [] for mix in names for name in servers}
+    servers: dict[str, Server] = {}
     rows = []
     try:
-        for mix in names:
-            for server in servers.values():
-                server.ask(f"seconds {mix}")  # compiles
+        for name, (scheme, strategy, sp) in SETUPS.items():  # one after another, for compiling takes both cores
+            servers[name] = Server(name, __file__, [scheme, strategy], sp, 1)
+            for mix in names:
+                servers[name].ask(f"seconds {mix}")
+            print(f"compiled: {name}", flush=True)
+        found: dict[tuple[str, str], list[float]] = {(mix, name): [] for mix in names for name in servers}
         for _ in range(rounds):
             for mix, name in found:
                 found[mix, name].append(servers[name].ask(f"seconds {mix}"))
@@ -110,7 +122,83 @@ def measure(rounds: int, names: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+RANKS, TOKENS = 4, 4096  # of the grid
+RATES = {"0.1 GB/s": 1e8, "1 GB/s": 1e9, "10 GB/s": 1e10, "100 GB/s": 1e11}
+STRATEGIES = ("allgather_kv", "fetch", "ring", "ulysses")
+
+
+def models() -> dict[str, torch.nn.Module]:
+    """Many heads and few, all keys and a window."""
+    import transformers
+
+    sizes = {"vocab_size": 1024, "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 2,
+             "num_attention_heads": 8, "max_position_embeddings": 8192, "use_cache": False}  # fmt: skip
+    kinds = {
+        "MHA": transformers.LlamaConfig(num_key_value_heads=8, **sizes),
+        "GQA": transformers.LlamaConfig(num_key_value_heads=2, **sizes),
+        "window of 512": transformers.MistralConfig(num_key_value_heads=4, sliding_window=512, head_dim=64, **sizes),
+    }
+    torch.manual_seed(0)
+    return {name: transformers.AutoModelForCausalLM.from_config(config).eval() for name, config in kinds.items()}
+
+
+def grid(rounds: int) -> list[dict[str, Any]]:
+    """For each model, mix and rate, the simulated seconds by each strategy, and which one ``auto`` took."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from sp_compile import mesh
+    from sp_compile.config import compile_config
+    from sp_compile.costs import measured_rates, rates_of
+    from sp_compile.runtime import ParallelModule
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=RANKS)
+    torch.set_num_threads(1)
+    compute = measured_rates(mesh.single(), torch.device("cpu"), torch.float32).compute
+    rows = []
+    for name, model in models().items():
+        groups = [mesh.Group(RANKS, rank, dist.group.WORLD.group_name) for rank in (0, RANKS - 1)]
+        common = {"check_inputs": False, "outputs": "sharded", "codegen": "eager"}
+        ranks = {each: [ParallelModule(model, group, compile_config(attention=each, **common)) for group in groups]
+                 for each in STRATEGIES}  # fmt: skip
+        auto = ParallelModule(model, groups[0], compile_config(attention="auto", **common))
+        for mix, lengths in mixes(TOKENS).items():
+            seconds, reports = timed(ranks, batch(lengths), rounds)
+            for rate_name, rate in RATES.items():
+                auto.rates = rates_of(torch.device("cpu"), rate, compute)
+                taken = auto.explain(batch(lengths)).strategies[0]
+                found = {each: seconds[each] + reports[each].bytes_sent / rate for each in STRATEGIES}
+                rows.append({"model": name, "mix": mix, "rate": rate_name, "seconds": found, "auto": taken})
+        print(f"grid: {name}", flush=True)
+    dist.destroy_process_group()
+    return rows
+
+
+def timed(
+    ranks: Mapping[str, Sequence[Any]], inputs: dict[str, torch.Tensor], rounds: int
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Of each strategy the seconds of its slowest rank, medians of interleaved rounds, and its report."""
+    times: dict[tuple[str, int], list[float]] = {}
+    for i in range(rounds + 1):
+        for name, group in ranks.items():
+            for rank, each in enumerate(group):
+                start = time.perf_counter()
+                with torch.no_grad():
+                    each(**inputs)
+                if i:  # the first captures
+                    times.setdefault((name, rank), []).append(time.perf_counter() - start)
+    slowest = {
+        name: max(statistics.median(times[name, rank]) for rank in range(len(group))) for name, group in ranks.items()
+    }
+    return slowest, {name: group[0].report() for name, group in ranks.items()}
+
+
+def near_best(row: Mapping[str, Any]) -> float:
+    """What the choice of ``auto`` takes over the best, where nothing crosses that of the fewest bytes."""
+    taken = "fetch" if row["auto"] == "local" else row["auto"]
+    return float(row["seconds"][taken] / min(row["seconds"].values()))
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows as Markdown."""
     single = {row["mix"]: row["seconds"] for row in rows if row["setup"] == "sp=1"}
     text = [
@@ -130,18 +218,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="visits of every setup (default 5)")
     parser.add_argument("--mixes", nargs="*", default=[*mixes()], help="which requests")
+    parser.add_argument("--parts", nargs="*", default=["ranks", "grid"], help="ranks, grid or both (default)")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     options = parser.parse_args()
-    rows = measure(options.rounds, options.mixes)
-    print(table(rows))
-    ranks = {
-        name: {scheme: balance(scheme, lengths, 8) for scheme in ("contiguous", "zigzag", "whole", "chunked")}
-        for name, lengths in mixes().items()
-    }
-    print(json.dumps(ranks, indent=1))
+    result: dict[str, Any] = {"machine": machine(), "versions": versions(), "rounds": options.rounds}
+    if "ranks" in options.parts:
+        result["rows"] = measure(options.rounds, options.mixes)
+        print(table(result["rows"]))
+        schemes = ("contiguous", "zigzag", "whole", "chunked")
+        result["most over mean on 8 ranks"] = {
+            name: {scheme: balance(scheme, lengths, 8) for scheme in schemes} for name, lengths in mixes().items()
+        }
+        print(json.dumps(result["most over mean on 8 ranks"], indent=1))
+    if "grid" in options.parts:
+        result["grid"] = grid(options.rounds)
+        over = [near_best(row) for row in result["grid"]]
+        for row, each in zip(result["grid"], over, strict=True):
+            seconds = ", ".join(f"{name} {1e3 * value:.0f}" for name, value in row["seconds"].items())
+            print(f"{row['model']:14} {row['mix']:20} {row['rate']:9} ms: {seconds}; auto: {row['auto']} {each:.3f}x")
+        result["auto within 5% of the best"] = sum(each <= 1.05 for each in over) / len(over)
+        print(f"auto within 5% of the best: {result['auto within 5% of the best']:.0%} of {len(over)}")
     if options.json is not None:
-        result = {"machine": machine(), "versions": versions(), "rounds": options.rounds, "rows": rows,
-                  "most over mean on 8 ranks": ranks}  # fmt: skip
         write(options.json, json.dumps(result, indent=1) + "\n")
 
 

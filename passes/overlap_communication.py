@@ -23,12 +23,11 @@ After::
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import fx
 
-from sp_compile.collectives import is_heavy, is_start, is_wait, reading_order
+from sp_compile.collectives import is_start, is_wait, reading_order
 from sp_compile.errors import ConfigError
 from sp_compile.invariants import LOCAL, LOWERED, OVERLAPPED
 from sp_compile.pipeline import Pass
@@ -84,7 +83,8 @@ def _ordered(graph: fx.Graph, in_flight: int) -> list[fx.Node]:
     def emit(nodes: set[fx.Node]) -> None:
         done.update(dict.fromkeys(sorted(nodes, key=order.__getitem__)))
 
-    for node in _starts(graph, order):
+    starts = [node for node in graph.nodes if is_start(node)]
+    for node in sorted(starts, key=lambda node: min(order[wait] for wait in node.users)):
         emit(needed([node]) - {node})
         travelling = [wait for wait in travelling if wait not in done]
         while len(travelling) >= in_flight:
@@ -98,16 +98,3 @@ def _ordered(graph: fx.Graph, in_flight: int) -> list[fx.Node]:
         travelling += filter(is_wait, node.users)
     emit({*graph.nodes} - done.keys())
     return [*done][inputs:]
-
-
-def _starts(graph: fx.Graph, order: Mapping[fx.Node, tuple[int, int]]) -> list[fx.Node]:
-    """Collectives by when they can begin, those that are read first before others."""
-    ready: dict[fx.Node, int] = {}
-    behind: dict[fx.Node, int] = {}  # the last work or collective that a node comes after
-    for i, node in enumerate(graph.nodes):
-        behind[node] = max((behind[each] for each in node.all_input_nodes), default=-1)
-        if is_start(node):
-            ready[node] = behind[node]
-        if is_heavy(node) or is_start(node):
-            behind[node] = i
-    return sorted(ready, key=lambda node: (ready[node], min(order[wait] for wait in node.users)))

@@ -164,6 +164,8 @@ class RunConfig(_Checked):
         compare: run the unsharded model too.
         timeout: seconds that the ranks may take in all.
         json: file for the results.
+        trace: file for a timeline of one more forward, for Perfetto or chrome://tracing; each rank adds its number to
+            the name. Prefill only.
     """
 
     sp: int = 2
@@ -173,6 +175,7 @@ class RunConfig(_Checked):
     compare: bool = True
     timeout: float = 1800.0
     json: str | None = None
+    trace: str | None = None
 
 
 @dataclass

@@ -70,6 +70,8 @@ class GenerationResult:
 
 def run_generation(job: JobConfig, show: Show = silent) -> GenerationResult | None:
     """Run the job as :func:`sp_compile.job.run_job` does."""
+    if job.run.trace:
+        raise ConfigError("run.trace is for jobs that only prefill; leave it out, or set max_new_tokens=null")
     result: GenerationResult | None = on_ranks(run_rank, job, show)
     return result
 

@@ -235,7 +235,9 @@ def _overlapped(program: Program) -> None:
             if following is not None and is_heavy(following) and not depends(following, node):
                 raise Violation(node, "a wait behind all work that does not need it", f"%{following.name} after it")
         elif is_start(node):
-            before = next((each for each in reversed(nodes[:i]) if is_heavy(each) or is_wait(each)), None)
+            before = next(
+                (each for each in reversed(nodes[:i]) if is_heavy(each) or is_wait(each) or is_start(each)), None
+            )
             if before is not None and is_heavy(before) and not depends(node, before):
                 raise Violation(node, "a collective before all work that it does not need", f"%{before.name} before it")
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +22,15 @@ from sp_compile.errors import ConfigError
 from sp_compile.inputs import forward_options, requests_alone
 from sp_compile.launch import launch
 from sp_compile.loading import build_model, read_requests
-from sp_compile.measure import PeakMemory, machine, median_seconds, seconds, threads_of_all, versions
+from sp_compile.measure import (
+    PeakMemory,
+    machine,
+    median_seconds,
+    seconds,
+    threads_of_all,
+    versions,
+    write_timeline,
+)
 from sp_compile.report import Report
 
 Show = Callable[[str], AbstractContextManager[Any]]  # announces a step; entered while it runs
@@ -177,6 +186,9 @@ def run_rank(job: JobConfig, show: Show = silent) -> JobResult | None:
         barrier()
         with PeakMemory(device) as peak:
             output = forward()
+    if job.run.trace:
+        with show("one more forward, for the timeline"):
+            write_timeline(forward, rank_file(Path(job.run.trace), parallel.group.rank), device)
     report = parallel.report()
     own = RankResult(
         rank=parallel.group.rank,
@@ -211,6 +223,11 @@ def run_rank(job: JobConfig, show: Show = silent) -> JobResult | None:
         versions=versions(),
         machine=machine(),
     )
+
+
+def rank_file(path: Path, rank: int) -> Path:
+    """The file of a rank: ``timeline.json`` of rank 1 is ``timeline-rank1.json``."""
+    return path.with_name(f"{path.stem}-rank{rank}{path.suffix or '.json'}")
 
 
 def _forward(model: nn.Module, batch: PackedBatch, alone: bool = False) -> Callable[[], torch.Tensor]:

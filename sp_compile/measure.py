@@ -32,6 +32,17 @@ def seconds(run: Callable[[], Any], device: torch.device, before: Callable[[], N
     return time.perf_counter() - start
 
 
+def write_timeline(run: Callable[[], Any], path: Path, device: torch.device) -> None:
+    """Write what ``run()`` does when, in the format of Chrome's trace viewer, which Perfetto opens."""
+    from torch.profiler import ProfilerActivity, profile
+
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    with profile(activities=activities) as recorded:
+        run()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    recorded.export_chrome_trace(str(path))
+
+
 @contextlib.contextmanager
 def threads_of_all(ranks: int) -> Iterator[int]:
     """Run on the threads that the ranks of this machine have together; how many these are."""

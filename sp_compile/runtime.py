@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import lru_cache, partial, wraps
+from functools import lru_cache, wraps
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from sp_compile import fingerprint
 from sp_compile.capture import Captured, graph_break, is_specialised
 from sp_compile.compiled import Compiled, Kept, Kind, Step, index_inputs
 from sp_compile.config import CompileConfig
-from sp_compile.costs import choose_strategies, measured_rates, rates_of
+from sp_compile.costs import Attention, choose_strategies, measured_rates, rates_of
 from sp_compile.errors import (
     BatchError,
     CacheError,
@@ -258,6 +258,10 @@ class ParallelModule(nn.Module):
         found, config = measured_rates(self.group, _device(self.module), dtype), self.compile_config
         self.rates = replace(found, link=config.link_rate or found.link, compute=config.compute_rate or found.compute)
 
+    def _choose(self, layout: TokenLayout, attentions: Sequence[Attention], apart: bool) -> tuple[str, ...]:
+        """The fastest strategies for a batch, by the rates of now."""
+        return choose_strategies(layout, attentions, apart, self.rates, self.group.nodes)
+
     def _at(self, program: Program) -> Program:
         """The program, told of the ranks that it is for."""
         program.nodes, program.rates = self.group.nodes, self.rates
@@ -388,7 +392,7 @@ class ParallelModule(nn.Module):
             build=lambda kind, sizes: self.build(captured, kind, hints=sizes)[0],
             agree=agree,
             capture=lambda sp: self._at(captured.program(sp, "analysed", "full")),
-            choose=partial(choose_strategies, rates=self.rates, nodes=self.group.nodes),
+            choose=self._choose,
             codegen=self.compile_config.codegen,
         )
         self._compiled.append(compiled)

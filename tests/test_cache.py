@@ -132,7 +132,7 @@ def test_one_compilation_serves_decode_and_extension_while_the_cache_grows(ranks
 
 
 def moved(past: int, new: int) -> tuple[list[tuple[str, int]], float]:
-    """What crosses for the attention of the first layer when ``new`` tokens follow, and the error."""
+    """What crosses for the attention of both layers when ``new`` tokens follow, and the error."""
     model = llama()
     parallel, ids = sp_compile.parallelize(model, codegen="eager"), tokens(2, past + new)
     cache = sp_compile.ShardedCache(parallel, page_size=4)
@@ -141,7 +141,7 @@ def moved(past: int, new: int) -> tuple[list[tuple[str, int]], float]:
         out = parallel(input_ids=ids[:, past:], past_key_values=cache).logits
         expected = model(input_ids=ids, use_cache=False).logits[:, past:]
     crossing = [(each.kind, each.bytes_sent) for each in parallel.report().collectives]
-    return crossing[: len(crossing) // 2], error(out, expected)  # of two layers; the logits are one more
+    return crossing[:-1], error(out, expected)  # the last are the logits
 
 
 ROW = 2 * 4  # of the batch, and bytes of a number
@@ -159,7 +159,7 @@ ROW = 2 * 4  # of the batch, and bytes of a number
 )  # fmt: skip
 def test_what_is_fewer_bytes_goes_to_the_other(ranks, past: int, new: int, crossing: list[tuple[str, int]]):
     for found, worst in ranks(2).run(moved, past, new):
-        assert found == crossing
+        assert sorted(found) == sorted(2 * crossing)
         assert worst <= 1e-5
 
 

@@ -127,7 +127,7 @@ def test_passes_lists_every_pass_with_its_options(capsys):
 
 def report() -> Report:
     step = PassStep("shard_tokens", "%a = f()\n%b = g(%a, [1, 2])", "%a = f()\n%c = h(%a, [1, 2])", 2, 0.001)
-    gather = Collective("all_gather", "all_gather", 4096, "[8, 4]", "model.py:7")
+    gather = Collective("all_gather", "all_gather", 4096, "[8, 4]", "model.py:7", "2 linear", 512)
     return Report(
         sp=2,
         scheme="zigzag",
@@ -135,6 +135,7 @@ def report() -> Report:
         shard_length=4,
         tokens_per_rank=[4, 4],
         attention_area_per_rank=[11, 10],
+        strategies=["allgather_kv", "window", "window"],
         collectives=[gather],
         isolation="",
         fallbacks=[],
@@ -162,6 +163,8 @@ def test_explain_shows_bytes_and_balance(capsys, monkeypatch):
     assert asked == [64]
     assert "1 collectives, 4096 bytes sent by each rank" in shown
     assert "[8, 4]" in shown
+    assert "attention by 0: allgather_kv, 1-2: window" in shown
+    assert "meanwhile 2 linear, 5.1e+02 operations in products" in shown
 
 
 def test_version_and_help(capsys):

@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from sp_compile import invariants, ops
+from sp_compile.collectives import is_wait
 from sp_compile.errors import FallbackError, PassCrashError, PostconditionError, PreconditionError
 from sp_compile.invariants import CANONICAL, FUNCTIONAL, Invariant, Violation
 from sp_compile.ops import AttentionArgs
@@ -19,7 +20,7 @@ from sp_compile.passes.normalize import Normalize
 from sp_compile.pipeline import Pass, run_pipeline
 from sp_compile.placements import REPLICATE, Gathered, Partial, Shard
 from sp_compile.program import Program, insert_redistribute, placement
-from tests.passes.graphs import after, call, calls, embeds, qkv, repeated
+from tests.passes.graphs import after, call, calls, embeds, qkv, repeated, small
 
 aten = torch.ops.aten
 
@@ -133,13 +134,23 @@ def keep_a_global_size(program: Program) -> None:
     node.meta["val"] = after(None, doubled).graph.find_nodes(op="placeholder")[1].meta["val"]
 
 
+def projected(self: Any, inputs_embeds: torch.Tensor) -> torch.Tensor:
+    q, k, v = (F.linear(inputs_embeds, each)[:, None] for each in self.weights.chunk(3))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def wait_early(program: Program) -> None:
+    wait = next(node for node in program.graph.nodes if is_wait(node))
+    wait.args[0].append(wait)
+
+
 @dataclass(frozen=True)
 class Broken:
     """An invariant, the last pass before the check, the model, what breaks the graph, and what is said."""
 
     invariant: Invariant
     last: str
-    model: Callable[..., Any]
+    model: Callable[..., Any] | torch.nn.Module
     change: Callable[[Program], None]
     says: str
 
@@ -204,10 +215,13 @@ BROKEN = {
         r"%redistribute_\d \(redistribute\): expected %view gathered once, by %redistribute_\d, found gathered again"),
     "a redistribute": Broken(
         invariants.LOWERED, "lower_redistributes", doubled, keep_a_redistribute,
-        r"%redistribute\w* \(redistribute\): expected index selections and functional collectives only, found redist"),
+        r"%redistribute\w* \(redistribute\): expected index selections, functional collectives and .*, found redist"),
     "row numbers": Broken(
         invariants.LOWERED, "lower_redistributes", doubled, keep_row_numbers,
-        r"%row_numbers \(row_numbers\): expected index selections and functional collectives only, found row_numbers"),
+        r"%row_numbers \(row_numbers\): expected index selections, functional collectives and .*, found row_"),
+    "a wait that comes early": Broken(
+        invariants.OVERLAPPED, "overlap_communication", small(projected, weights=torch.ones(12, 8)), wait_early,
+        r"%wait_tensor\w* \(.*\): expected a wait behind all work that does not need it, found %linear\w* after it"),
     "a global size": Broken(
         invariants.LOCAL, "localize_shapes", doubled, keep_a_global_size,
         r"%mul\w* \(aten.mul\): expected shapes of the local view, found global size s\d+"),

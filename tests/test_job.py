@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -193,6 +194,20 @@ def test_logits_that_differ_are_not_right():
     assert found.max_abs_diff == pytest.approx(3e-5 * scale, rel=0.1)
     logits[0, 3, 5] = float("nan")
     assert not compare(job, model, batch, logits).ok
+
+
+def test_a_timeline_of_each_rank_shows_collectives_and_attention(tmp_path: Path):
+    run_job(tiny("attention=ring", "compare=false", f"trace={tmp_path}/new/timeline.json"))
+    for rank in range(2):
+        events = json.loads((tmp_path / "new" / f"timeline-rank{rank}.json").read_text())["traceEvents"]
+        names = {each.get("name", "") for each in events}
+        assert "gloo:all_to_all" in names
+        assert "sp_compile::attention" in names
+
+
+def test_a_timeline_is_of_a_prefill():
+    with pytest.raises(ConfigError, match=r"run\.trace is for jobs that only prefill"):
+        run_generation(load_config("generate", ["trace=timeline.json"]))
 
 
 def test_sharded_outputs_cannot_be_compared():
