@@ -68,22 +68,30 @@ class MinimizeCommunication(Pass):
         if not program.parallel:
             return
         self._gather_once(program)
-        asked = self.operations_per_byte
+        brought = self._where_fewest_bytes_cross(program)
+        self._gather_once(program)  # also what others gather that keys and values are computed from
+        if self.join_keys_and_values:
+            left = {*program.graph.nodes}
+            for node, gathers in brought:
+                to_cache = [user for user in node.args[0].users if _is_gather(user)]
+                gathers = [each for each in gathers if each in left and _is_gather(each)]
+                if not (gathers and to_cache and _join(program, [*gathers, *to_cache])) and len(gathers) > 1:
+                    _join(program, gathers)
+            for node in ops.attention_nodes(program.graph):
+                _spread_together(program.graph, [*node.args[:3]])
+        program.remove_dead_code()
+
+    def _where_fewest_bytes_cross(self, program: Program) -> list[tuple[fx.Node, list[fx.Node]]]:
+        """For each attention what is gathered for its keys and values, for those of a cache apart."""
+        asked, found = self.operations_per_byte, []
         cuts = Cuts(program, program.rates.operations_per_byte if asked is None else asked)
         for node in ops.attention_nodes(program.graph):
-            q, *keys_and_values = node.args[:3]
-            to_cache = [user for user in q.users if _is_gather(user)]
-            for pair in zip(*map(_gathers, keys_and_values), strict=True):
+            for pair in zip(*map(_gathers, node.args[1:3]), strict=True):
                 gathers = [*dict.fromkeys(each for each in pair if _is_gather(each))]
                 if gathers and cuts.operations_per_byte and self._from_rows(gathers):
                     gathers = cuts.move(gathers)
-                if self.join_keys_and_values and gathers:
-                    joined = len(to_cache) > 0 and _join(program, [*gathers, *to_cache])
-                    if not joined and len(gathers) > 1:
-                        _join(program, gathers)
-            if self.join_keys_and_values:
-                _spread_together(program.graph, [q, *keys_and_values])
-        program.remove_dead_code()
+                found.append((node, gathers))
+        return found
 
     def _from_rows(self, gathers: list[fx.Node]) -> bool:
         """Whether all come from the rank's rows to the same rows of others."""

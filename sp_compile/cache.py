@@ -19,6 +19,7 @@ from sp_compile.fingerprint import digest
 from sp_compile.inputs import from_pack, token_input
 from sp_compile.layout import token_layout
 from sp_compile.ledger import Ledger, Places, Shelf, Window
+from sp_compile.needs import padded
 from sp_compile.rows import ROW, BatchRows, PackedRows, check_kind, rows_for
 from sp_compile.storage import Storage
 
@@ -298,11 +299,11 @@ class ShardedCache(Cache):
             raise
         self.rows = rows
         new_rows = torch.from_numpy(rows.starts(requests)[places.request] + places.position)
-        own = torch.from_numpy(np.flatnonzero(places.rank == self.rank))
+        own = np.flatnonzero(places.rank == self.rank)
         self._pending = _Pending(requests, starts.tolist(), places, new_rows[own], fresh)
         layout = token_layout(counts, self.sp, scheme, min_shard_length=2)
         indices = index_inputs(layout, self.rank, new_rows)
-        indices |= {"new_rows": new_rows, "kept_rows": _at_least_two(layout.restore_index[own])}
+        indices |= {"new_rows": new_rows, "kept_rows": torch.from_numpy(padded(layout.restore_index.numpy()[own]))}
         new = Extension(self.ledger, self.rank, layout, requests, starts, rows.starts(requests), places.request,
                         new_rows.numpy())  # fmt: skip
         cached, found = new.meet(self.storages, runs, self._query_bytes)
@@ -392,11 +393,6 @@ class ShardedCache(Cache):
             requests, places, slots = self.ledger.kept(self.rank, each.window)
             rows = row.starts(requests)[places.request] + places.position
             each.number(torch.from_numpy(slots), torch.from_numpy(rows))
-
-
-def _at_least_two(rows: torch.Tensor) -> torch.Tensor:
-    """Code is generated for any number of rows from 2 on; what is too much is not stored."""
-    return torch.cat([rows, rows.new_zeros(2 - len(rows))]) if len(rows) < 2 else rows
 
 
 def sharded(cache: Any) -> ShardedCache:

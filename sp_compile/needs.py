@@ -16,7 +16,7 @@ import torch
 
 from sp_compile.layout import TokenLayout
 
-FEWEST = 2  # rows: code is generated for any number from 2 on
+FEWEST = 2  # rows that code is generated for
 
 
 class Reach(NamedTuple):
@@ -103,8 +103,8 @@ def index_inputs(layout: TokenLayout, rank: int, fetches: Sequence[Fetch], apart
     for i, fetch in enumerate(fetches):
         sent, counts, received = fetched_rows(layout, rank, fetch, apart)
         real = np.arange(max(FEWEST, len(received))) < len(received)
-        rows = _padded(received)
-        found |= {f"fetch_rows_{i}": _padded(sent), f"fetch_counts_{i}": counts, f"fetched_rows_{i}": rows}
+        rows = padded(received)
+        found |= {f"fetch_rows_{i}": padded(sent), f"fetch_counts_{i}": counts, f"fetched_rows_{i}": rows}
         if fetch.stage is None:
             rows = np.concatenate([layout.local_index[rank].numpy(), rows])
             real = np.concatenate([layout.valid[rank].numpy(), real])
@@ -174,5 +174,6 @@ def _within(rows: np.ndarray, intervals: np.ndarray) -> np.ndarray:
     return np.flatnonzero(np.cumsum(steps)[:-1] > 0)
 
 
-def _padded(rows: np.ndarray) -> np.ndarray:
+def padded(rows: np.ndarray) -> np.ndarray:
+    """Code is generated for any number of rows from 2 on; what is too much is not used."""
     return np.pad(rows, (0, max(0, FEWEST - len(rows))))

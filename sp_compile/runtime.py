@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -16,18 +15,17 @@ import torch
 from torch import fx, nn
 
 from sp_compile import fingerprint
-from sp_compile.capture import Captured, graph_break, is_specialised
+from sp_compile.capture import Captured
 from sp_compile.compiled import Compiled, Kept, Kind, Step, index_inputs
 from sp_compile.config import CompileConfig
 from sp_compile.costs import Attention, choose_strategies, measured_rates, rates_of
+from sp_compile.dynamo.traced import Traced
 from sp_compile.errors import (
     BatchError,
     CacheError,
-    CaptureError,
     ConfigError,
     FallbackError,
     RequestsMixedError,
-    SPCompileError,
     UnsupportedModelError,
 )
 from sp_compile.inputs import (
@@ -35,7 +33,6 @@ from sp_compile.inputs import (
     forward_options,
     from_pack,
     install_output_hooks,
-    mark_token_dims,
     named_tensors,
     positions_count,
     request_lengths_of,
@@ -49,16 +46,6 @@ from sp_compile.passes.shard_attention import ShardAttention
 from sp_compile.pipeline import Pass, PassStep, build_pipeline, run_pipeline
 from sp_compile.program import Program
 from sp_compile.report import Report
-
-# only the token length varies: floats and other sizes are compiled in
-DYNAMO: dict[str, Any] = {
-    "recompile_limit": 4096,  # models that fix the length are captured anew for each
-    "accumulated_recompile_limit": 65536,
-    "automatic_dynamic_shapes": False,
-    "assume_static_by_default": True,
-    "ignore_logging_functions": {warnings.warn},  # transformers warns while it makes block masks
-}
-
 
 ISOLATE = "isolate_requests"
 HIDDEN_SIZE = 4096  # where the model does not tell
@@ -97,14 +84,12 @@ class ParallelModule(nn.Module):
         self._signature = inspect.signature(module.forward)
         self._compiled: list[Compiled] = []
         self._last: tuple[Compiled, Step] | None = None
-        self._static: set[Any] = set()
         self._mixing: set[Any] = set()
         self._step: Step | None = None
         self._explained: Mapping[str, Any] | None = None
         self._kept = Kept()
         self.training = module.training
-        # not as a submodule, which would list all parameters twice
-        self.__dict__["_run"] = torch.compile(module, backend=self._backend, fullgraph=True)
+        self._traced = Traced(module, self._backend)
         self.__dict__["forward"] = _with_signature_of(module.forward, self.forward)
 
     def __getattr__(self, name: str) -> Any:
@@ -348,35 +333,9 @@ class ParallelModule(nn.Module):
             device = self._device(tensors)
             kwargs = {**kwargs, **{name: each.to(device) for name, each in tensors.items()}}
         try:
-            return self._call(args, kwargs, sum(step.lengths))
+            return self._traced(args, kwargs, sum(step.lengths))
         finally:
             self._step = None
-
-    def _call(self, args: Sequence[Any], kwargs: Mapping[str, Any], length: int) -> Any:
-        key = (tuple(sorted(kwargs)), len(args))
-        dynamic = length > 1 and key not in self._static
-        try:
-            return self._traced(args, kwargs, length if dynamic else 0)
-        except torch._dynamo.exc.UserError as error:
-            raise CaptureError(graph_break(self.module, error)) from error
-        except Exception as error:
-            if dynamic and is_specialised(error):
-                self._static.add(key)
-                return self._traced(args, kwargs, 0)
-            raise
-
-    def _traced(self, args: Sequence[Any], kwargs: Mapping[str, Any], length: int) -> Any:
-        args = [mark_token_dims(value, length) for value in args]
-        kwargs = {name: mark_token_dims(value, length, name) for name, value in kwargs.items()}
-        try:
-            with torch.no_grad(), torch._dynamo.config.patch(DYNAMO):
-                return self._run(*args, **kwargs)
-        except torch._dynamo.exc.BackendCompilerFailed as error:
-            if isinstance(error.inner_exception, SPCompileError):
-                raise error.inner_exception from None
-            raise
-        except torch._dynamo.exc.Unsupported as error:
-            raise CaptureError(graph_break(self.module, error)) from error
 
     def _backend(self, gm: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
         captured = Captured(gm)

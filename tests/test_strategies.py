@@ -231,19 +231,17 @@ def test_every_kind_of_attention(ranks, sp: int, strategy: str, kind: str, dtype
         assert not wide
 
 
-def of_heads(sizes: list[tuple[int, int]]) -> list[tuple[float, int]]:
-    """Error and bytes of attention for models of so many query and key/value heads."""
+def of_heads(sizes: list[tuple[int, int]], **options: Any) -> list[tuple[float, list[int]]]:
+    """Error, and bytes of collectives but the last, for models of so many query and key/value heads."""
     found = []
     for heads, kv_heads in sizes:
         sizes = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "hidden_size": 8 * heads}
         model = llama(num_hidden_layers=1, **sizes)
-        parallel = sp_compile.parallelize(model, codegen="eager", attention="ulysses")
+        parallel = sp_compile.parallelize(model, codegen="eager", **options)
         batch = requests([30, 1, 1, 50])
         with torch.no_grad():
             worst = error(parallel(**batch, use_cache=False).logits, model(**batch, use_cache=False).logits)
-        crossing = [each for each in parallel.report().collectives if each.kind == "all_to_all"]
-        assert len(crossing) == 2  # queries, keys and values together, and outputs
-        found.append((worst, sum(each.bytes_sent for each in crossing)))
+        found.append((worst, [each.bytes_sent for each in parallel.report().collectives][:-1]))
     return found
 
 
@@ -251,10 +249,27 @@ HEADS = {(8, 2): 2 * (3 + 3), (6, 3): 2 * (2 + 1), (5, 1): 2 * (2 + 1)}  # queri
 
 
 def test_any_number_of_heads_is_spread(ranks):
-    for found in ranks(3).run(of_heads, [*HEADS]):
+    for found in ranks(3).run(of_heads, [*HEADS], attention="ulysses"):
         for (worst, moved), each in zip(found, HEADS.values(), strict=True):
             assert worst <= 1e-5
-            assert moved == each * 2 * 29 * 8 * 4  # to two others, of each 29 rows, head dim, bytes of fp32
+            assert len(moved) == 2  # queries, keys and values together, and outputs
+            assert sum(moved) == each * 2 * 29 * 8 * 4  # to two others, of each 29 rows, head dim, bytes of fp32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("sp", "options"),
+    [
+        (3, {"attention": "fetch"}),
+        (3, {"attention": "ring"}),
+        (4, {"attention": "hybrid", "ranks_per_node": 2}),
+        (4, {"attention": "ulysses"}),
+    ],
+    ids=lambda each: str(each.get("attention")) if isinstance(each, dict) else str(each),
+)
+def test_any_number_of_heads_by_any_strategy(ranks, sp: int, options: dict[str, Any]):
+    for found in ranks(sp).run(of_heads, [*HEADS], **options):
+        assert max(worst for worst, _ in found) <= 1e-5
 
 
 def test_generated_code_spreads_heads(ranks):

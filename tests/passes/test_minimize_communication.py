@@ -161,6 +161,22 @@ def test_the_hidden_state_crosses_where_it_is_smaller_than_keys_and_values():
     assert check_placements(program, embeds(16), token_layout(LENGTHS, 2, min_shard_length=2)) > 10
 
 
+def test_what_others_gather_too_crosses_once():
+    """The hidden state is summed over tokens, which needs all of it, and keys and values are computed from it."""
+
+    def forward(self: Any, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(F.linear(inputs_embeds, self.before))
+        q, k, v = (F.linear(x, each).unflatten(-1, (4, 4)).transpose(1, 2) for each in self.weights.chunk(3))
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        return attended + x.cumsum(1) / 10
+
+    model = small(forward, before=torch.randn(16, 16) / 4, weights=torch.randn(48, 16) / 4)
+    program = after("minimize_communication", model, embeds(16), options=cheap(1e3))
+    assert len(gathers(program)) == 2
+    assert check_placements(program, embeds(16), token_layout(LENGTHS, 2, min_shard_length=2)) > 10
+    after("overlap_communication", model, embeds(16), options=cheap(1e3))
+
+
 def test_nothing_is_computed_anew_from_the_tokens():
     """The first layer's keys could be had from the tokens, through all of the model that comes before."""
     program = after("minimize_communication", grouped, embeds(32), options=cheap(1e9))

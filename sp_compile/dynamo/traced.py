@@ -1,0 +1,68 @@
+"""A model's forward through Dynamo, whose graphs go to a back end of ours."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from sp_compile.capture import graph_break, is_specialised
+from sp_compile.errors import CaptureError, SPCompileError
+from sp_compile.inputs import mark_token_dims
+
+# only the token length varies: floats and other sizes are compiled in
+DYNAMO: dict[str, Any] = {
+    "recompile_limit": 4096,  # models that fix the length are captured anew for each
+    "accumulated_recompile_limit": 65536,
+    "automatic_dynamic_shapes": False,
+    "assume_static_by_default": True,
+    "ignore_logging_functions": {warnings.warn},  # transformers warns while it makes block masks
+}
+
+
+class Traced:
+    """Calls a model; its graph is captured once for all token lengths, or for each where the model fixes them.
+
+    Args:
+        module: the model.
+        backend: as of ``torch.compile``.
+    """
+
+    def __init__(self, module: nn.Module, backend: Callable[..., Any]) -> None:
+        self._module = module
+        self._run = torch.compile(module, backend=backend, fullgraph=True)
+        self._static: set[Any] = set()  # how calls look whose length is fixed
+
+    def __call__(self, args: Sequence[Any], kwargs: Mapping[str, Any], length: int) -> Any:
+        """The model's outputs for inputs of so many tokens.
+
+        Raises:
+            CaptureError: the model does not capture into one graph.
+        """
+        key = (tuple(sorted(kwargs)), len(args))
+        dynamic = length > 1 and key not in self._static
+        try:
+            return self._call(args, kwargs, length if dynamic else 0)
+        except torch._dynamo.exc.UserError as error:
+            raise CaptureError(graph_break(self._module, error)) from error
+        except Exception as error:
+            if dynamic and is_specialised(error):
+                self._static.add(key)
+                return self._call(args, kwargs, 0)
+            raise
+
+    def _call(self, args: Sequence[Any], kwargs: Mapping[str, Any], length: int) -> Any:
+        args = [mark_token_dims(value, length) for value in args]
+        kwargs = {name: mark_token_dims(value, length, name) for name, value in kwargs.items()}
+        try:
+            with torch.no_grad(), torch._dynamo.config.patch(DYNAMO):
+                return self._run(*args, **kwargs)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            if isinstance(error.inner_exception, SPCompileError):
+                raise error.inner_exception from None
+            raise
+        except torch._dynamo.exc.Unsupported as error:
+            raise CaptureError(graph_break(self._module, error)) from error
