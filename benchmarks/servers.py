@@ -15,6 +15,8 @@ import torch.distributed as dist
 
 import sp_compile
 
+POLL = 0.05  # seconds between looks at files: processes that wait must not take time from the one that runs
+
 
 class Server:
     """A setup's processes, fed through a folder of order files.
@@ -42,7 +44,7 @@ class Server:
             while not path.exists():
                 if self.process.poll() is not None or time.monotonic() > deadline:
                     raise RuntimeError(f"{self.name} ended or took longer than {timeout:g} s")
-                time.sleep(0.002)
+                time.sleep(POLL)
             results.append(json.loads(path.read_text()))
         self.step += 1
         return join(results)
@@ -73,7 +75,7 @@ def answer(orders: str, sp: int, reply: Callable[[str], float]) -> None:
     while True:
         order = Path(orders, f"order-{step}")
         while not order.exists():
-            time.sleep(0.002)
+            time.sleep(POLL)
         text = order.read_text()
         if text == "end":
             return

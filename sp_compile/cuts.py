@@ -72,8 +72,9 @@ class Cuts:
             if node in anew and (node, of) not in self.made:
                 self.made[node, of] = self._copied(node, of, before)
         for each, source in zip(gathers, sources, strict=True):
-            each.replace_all_uses_with(self.made[source, of])
-            self.program.graph.erase_node(each)
+            if each is not self.made[source, of]:  # made for an attention before, which shares it
+                each.replace_all_uses_with(self.made[source, of])
+                self.program.graph.erase_node(each)
         return [each for each in found if isinstance(placement(each.args[0]), Shard)]
 
     def price(self, sources: list[fx.Node]) -> float:
