@@ -71,10 +71,9 @@ class MinimizeCommunication(Pass):
         brought = self._where_fewest_bytes_cross(program)
         self._gather_once(program)  # also what others gather that keys and values are computed from
         if self.join_keys_and_values:
-            left = {*program.graph.nodes}
             for node, gathers in brought:
                 to_cache = [user for user in node.args[0].users if _is_gather(user)]
-                gathers = [each for each in gathers if each in left and _is_gather(each)]
+                gathers = [each for each in gathers if each.users and _is_gather(each)]  # others are joined already
                 if not (gathers and to_cache and _join(program, [*gathers, *to_cache])) and len(gathers) > 1:
                     _join(program, gathers)
             for node in ops.attention_nodes(program.graph):
@@ -83,8 +82,7 @@ class MinimizeCommunication(Pass):
 
     def _where_fewest_bytes_cross(self, program: Program) -> list[tuple[fx.Node, list[fx.Node]]]:
         """For each attention what is gathered for its keys and values, for those of a cache apart."""
-        asked, found = self.operations_per_byte, []
-        cuts = Cuts(program, program.rates.operations_per_byte if asked is None else asked)
+        cuts, found = Cuts(program, program.operations_per_byte), []
         for node in ops.attention_nodes(program.graph):
             for pair in zip(*map(_gathers, node.args[1:3]), strict=True):
                 gathers = [*dict.fromkeys(each for each in pair if _is_gather(each))]
@@ -97,7 +95,7 @@ class MinimizeCommunication(Pass):
         """Whether all come from the rank's rows to the same rows of others."""
         kinds = {placement(each) for each in gathers}
         rows = all(placement(each.args[0]) == Shard(2) for each in gathers)
-        return len(kinds) == 1 and rows and placement(gathers[0]).of != LOCAL_ROWS
+        return len(kinds) == 1 and rows
 
     def _gather_once(self, program: Program) -> None:
         """A value needed whole in both orders crosses once and is reordered locally."""
@@ -127,7 +125,8 @@ def _spread_together(graph: fx.Graph, moves: list[fx.Node]) -> None:
         return
     sources: list[Any] = [each.args[0] for each in moves]
     alike = {(placement(each), each.meta["val"].dtype) for each in sources}
-    if len(moves) == 1 or len(alike) > 1 or not isinstance(placement(sources[0]), Shard):
+    used_before = any(user < max(moves) for each in moves for user in each.users)
+    if len(moves) == 1 or len(alike) > 1 or used_before or not isinstance(placement(sources[0]), Shard):
         return
     with graph.inserting_before(max(moves).next):
         placed = tuple(map(placement, moves))
@@ -172,6 +171,8 @@ def _is_gather(node: fx.Node) -> bool:
     if node.target is not ops.redistribute or not isinstance(placement(node), Gathered):
         return False
     source, wanted, sizes = placement(node.args[0]), placement(node), node.meta["val"].shape
+    if wanted.of == LOCAL_ROWS:  # which are there
+        return False
     from_rows = source == Shard(wanted.dim) or source == Picked(wanted.dim, wanted.of)
     return from_rows and len(sizes) > 1 and all(isinstance(sizes[dim], int) for dim in _others(node))
 

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from sp_compile.collectives import is_start, is_wait, reading_order
+from sp_compile.collectives import EXCHANGE, is_start, is_wait, reading_order
 from sp_compile.errors import ConfigError
 from sp_compile.invariants import LOCAL, LOWERED, OVERLAPPED
 from sp_compile.pipeline import Pass
@@ -56,11 +56,15 @@ class OverlapCommunication(Pass):
         """Rewrite in place."""
         if not any(map(is_start, program.graph.nodes)):
             return
-        last = None
+        last = started = None
         for node in _ordered(program.graph, self.in_flight):
             if last is not None:
                 last.append(node)
             last = node
+            if is_start(node):
+                if node.target is EXCHANGE and started is not None:
+                    node.args = (*node.args, started)
+                started = node
 
 
 def _ordered(graph: fx.Graph, in_flight: int) -> list[fx.Node]:

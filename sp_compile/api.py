@@ -13,6 +13,7 @@ from torch import nn
 from sp_compile import fingerprint
 from sp_compile import mesh as meshes
 from sp_compile.config import CompileConfig, compile_config
+from sp_compile.costs import rates_of
 from sp_compile.errors import UnsupportedModelError
 from sp_compile.inputs import requests_alone
 from sp_compile.pipeline import check_complete
@@ -67,6 +68,7 @@ def explain(
     batch: Mapping[str, Any],
     sp: int,
     config: str | Path | Mapping[str, Any] | CompileConfig | None = None,
+    device: torch.device | str | None = None,
     **overrides: Any,
 ) -> Report:
     """Run the pipeline for ``sp`` ranks in one process, without ranks and without running the model.
@@ -75,13 +77,19 @@ def explain(
         model: the model; it may live on the meta device.
         batch: the inputs as keyword arguments, such as a packed batch.
         sp: number of ranks to pretend.
+        config, **overrides: as for :func:`parallelize`.
+        device: the kind of device that the ranks would have, by whose rates strategies are chosen; the model's by
+            default, and a GPU for the meta device.
 
     Raises:
         The errors that :func:`parallelize` and the first forward would raise.
     """
     _check_model(model)
     chosen = compile_config(config, **overrides)
-    return ParallelModule(model, meshes.pretend(sp, chosen.ranks_per_node), chosen).explain(batch)
+    parallel = ParallelModule(model, meshes.pretend(sp, chosen.ranks_per_node), chosen)
+    if device is not None:
+        parallel.rates = rates_of(torch.device(device), chosen.link_rate, chosen.compute_rate)
+    return parallel.explain(batch)
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,12 @@ from sp_compile import ops
 aten = torch.ops.aten
 c10d = torch.ops._c10d_functional
 
+EXCHANGE = ops.exchange_rows._opoverload
 STARTS = {
     c10d.all_gather_into_tensor.default: "all_gather",
     c10d.all_to_all_single.default: "all_to_all",
     c10d.all_reduce.default: "all_reduce",
-    ops.exchange_rows._opoverload: "exchange",
+    EXCHANGE: "exchange",
 }
 PRODUCTS = (aten.linear.default, aten.matmul.default, aten.mm.default, aten.bmm.default, aten.addmm.default,
             aten._grouped_mm.default)  # fmt: skip

@@ -15,10 +15,12 @@ from torch import fx
 def compile_graph(
     gm: fx.GraphModule, inputs: Sequence[Any], tracing: AbstractContextManager[Any]
 ) -> Callable[..., Any]:
-    """Compile a graph with Inductor for fake inputs, outside of Dynamo."""
+    """Compile a graph with Inductor for fake inputs, outside of Dynamo; ops stay in the order of the graph."""
+    from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
 
-    with tracing, torch.no_grad():
+    in_order = config.patch(reorder_for_locality=False, reorder_for_peak_memory=False)
+    with tracing, in_order, torch.no_grad():
         return cast(Callable[..., Any], compile_fx(gm, list(inputs)))
 
 

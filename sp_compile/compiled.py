@@ -188,7 +188,7 @@ class Analysis:
         """
         if counted not in self._attentions:
             self.program.counted = counted
-            cuts, made = Cuts(self.program, self.program.rates.operations_per_byte), Made()
+            cuts, made = Cuts(self.program, self.program.operations_per_byte), Made()
             nodes = ops.attention_nodes(self.program.graph)
             self._attentions[counted] = [_described(Site(self.program, each, made), cuts) for each in nodes]
         return self._attentions[counted]

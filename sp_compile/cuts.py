@@ -15,6 +15,7 @@ Source of the cut: rematerialization in torch's min-cut partitioner, which trade
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from operator import getitem
@@ -35,7 +36,7 @@ from sp_compile.symbols import expr, is_tensor, tensors_of
 
 OPERATIONS = 4  # that an element of any other op than a product is counted as
 INPUTS, WANTED = "inputs", "keys and values"  # ends of the network
-PRODUCTS_DEEP = 2  # on the way back from keys and values
+PRODUCTS_DEEP, NODES = 2, 200  # on the way back from keys and values
 
 
 @dataclass
@@ -81,29 +82,28 @@ class Cuts:
         """Bytes of a token that it costs to have these on other ranks, what is computed anew counted as bytes too."""
         return float(networkx.minimum_cut_value(self._network(self._way(sources), sources, ""), INPUTS, WANTED))
 
-    def _way(self, sources: Iterable[fx.Node]) -> dict[fx.Node, int]:
-        """What keys and values are computed from, with how many products come after it at most."""
-        deep: dict[fx.Node, int] = {}
-        stack = [(each, 0) for each in sources]
-        while stack:
-            node, products = stack.pop()
-            if deep.get(node, -1) >= products:
-                continue
-            deep[node] = products
-            products += node.target in PRODUCTS
-            if products <= PRODUCTS_DEEP and not _known(node):
-                stack += [(each, products) for each in node.all_input_nodes if _spread(each)]
-        return deep
+    def _way(self, sources: Iterable[fx.Node]) -> dict[fx.Node, None]:
+        """What keys and values are computed from, nearest first, as far back as may be worth it."""
+        products = dict.fromkeys(sources, 0)  # on the way from each
+        queue = deque(products)
+        while queue and len(products) < NODES:
+            node = queue.popleft()
+            deep = products[node] + (node.target in PRODUCTS)
+            for each in node.all_input_nodes if deep <= PRODUCTS_DEEP and not _known(node) else ():
+                if _spread(each) and each not in products:
+                    products[each] = deep
+                    queue.append(each)
+        return dict.fromkeys(products)
 
     def _cheapest(
-        self, way: dict[fx.Node, int], sources: Iterable[fx.Node], of: str
+        self, way: dict[fx.Node, None], sources: Iterable[fx.Node], of: str
     ) -> tuple[set[fx.Node], set[fx.Node]]:
         """What to gather, and what to compute anew from it."""
         _, (_, needed) = networkx.minimum_cut(self._network(way, sources, of), INPUTS, WANTED)
         anew = {node for node in way if (node, "in") in needed}
         return {node for node in way if (node, "out") in needed} - anew, anew
 
-    def _network(self, way: dict[fx.Node, int], sources: Iterable[fx.Node], of: str) -> Any:
+    def _network(self, way: dict[fx.Node, None], sources: Iterable[fx.Node], of: str) -> Any:
         network = networkx.DiGraph()
         for node in way:
             network.add_edge((node, "in"), (node, "out"), **_capacity(self._bytes(node, of)))
@@ -127,7 +127,7 @@ class Cuts:
         each = self._per_token(node)
         return math.inf if each is None else each * node.meta["val"].element_size()
 
-    def _price(self, node: fx.Node, way: dict[fx.Node, int]) -> float:
+    def _price(self, node: fx.Node, way: dict[fx.Node, None]) -> float:
         """Bytes that could cross in the time in which one token of the node is computed anew."""
         if node.target is getitem:
             return 0

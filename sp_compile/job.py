@@ -17,7 +17,6 @@ from torch import nn
 from sp_compile.api import TOLERANCE, explain, parallelize
 from sp_compile.batch import PackedBatch, pack
 from sp_compile.config import JobConfig
-from sp_compile.costs import rates_of
 from sp_compile.errors import ConfigError
 from sp_compile.inputs import forward_options, requests_alone
 from sp_compile.launch import launch
@@ -164,9 +163,7 @@ def explain_job(job: JobConfig) -> Report:
     """What the pipeline makes of the job's model for its batch, without weights and ranks."""
     model, batch = load(job, "meta")
     device = torch.device("cuda") if job.run.device == "cuda" else device_of(job, 0)
-    rates = rates_of(device, job.compile.link_rate, job.compile.compute_rate)
-    options = dataclasses.replace(job.compile, link_rate=rates.link, compute_rate=rates.compute)
-    return explain(model, batch, sp=job.run.sp, config=options)
+    return explain(model, batch, sp=job.run.sp, config=job.compile, device=device)
 
 
 def run_rank(job: JobConfig, show: Show = silent) -> JobResult | None:

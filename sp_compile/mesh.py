@@ -108,7 +108,7 @@ def check_nodes(group: Group, ranks_per_node: int | None) -> None:
 
 
 def with_nodes(group: Group, ranks_per_node: int | None) -> Group:
-    """The group with its nodes, as :func:`check_nodes` found them right; called on every rank of the world."""
+    """The group with its nodes, as :func:`check_nodes` found them right; called on each of its ranks."""
     if ranks_per_node is None or group.nodes is not None:
         return group
     ranks = tuple(dist.get_process_group_ranks(group.process_group))
@@ -140,6 +140,9 @@ def _of_mesh(sp: int | None, mesh: Any) -> Group:
         return Group(mesh.size(), mesh.get_local_rank(), group.group_name, group)
     if mesh.mesh_dim_names is None:
         raise MeshError("the mesh has 2 axes without names; make it with mesh_dim_names=('nodes', 'ranks')")
+    ranks = mesh.mesh.flatten().tolist()
+    if ranks != sorted(ranks):
+        raise MeshError(f"the mesh has the ranks {mesh.mesh.tolist()}; those of a node have to follow each other")
     whole = mesh._flatten()
     group = whole.get_group()
     outer, inner = (mesh.get_group(dim).group_name for dim in range(2))
@@ -149,14 +152,11 @@ def _of_mesh(sp: int | None, mesh: Any) -> Group:
 
 @lru_cache(maxsize=16)
 def _nodes(world: Any, ranks: tuple[int, ...], ranks_per_node: int) -> Nodes:
-    """The nodes of a group of ranks; made once per world. Ranks outside of the group make theirs at the same time."""
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, ranks)
-    groups = sorted({*everyone})
-    inner = [list(each[i : i + ranks_per_node]) for each in groups for i in range(0, len(each), ranks_per_node)]
-    outer = [list(each[i::ranks_per_node]) for each in groups for i in range(ranks_per_node)]
-    names = [dist.new_subgroups_by_enumeration(each)[0].group_name for each in (inner, outer)]
-    return Nodes(ranks_per_node, *names)
+    """The nodes of a group of ranks, made by these once per world."""
+    node, place = divmod(ranks.index(dist.get_rank()), ranks_per_node)
+    inner, outer = ranks[node * ranks_per_node :][:ranks_per_node], ranks[place::ranks_per_node]
+    made = [dist.new_group([*each], use_local_synchronization=True) for each in (inner, outer)]
+    return Nodes(ranks_per_node, *(each.group_name for each in made))
 
 
 def _group_of_world(sp: int, world: int) -> Group:

@@ -78,23 +78,18 @@ def fetched_rows(layout: TokenLayout, rank: int, fetch: Fetch, apart: bool) -> t
         Its local rows that others need, by destination, int64 ``[sent]``; how many go to each and come from each, int64
         ``[2, sp]``; and the normal-order rows that it receives, by their rank, int64 ``[received]``.
     """
-    needed, nothing = _needed(layout, fetch.reach, apart), np.zeros(0, dtype=np.int64)
+    nothing = np.zeros(0, dtype=np.int64)
 
     def crossing(source: int, target: int) -> np.ndarray:
-        return needed[target][source] if fetch.comes(source, target, layout.sp) else nothing
+        """Places among the rows of one rank that come to another."""
+        if not fetch.comes(source, target, layout.sp):
+            return nothing
+        return _within(rows_of(layout, source), _intervals(layout, target, fetch.reach, apart))
 
     sent = [crossing(rank, i) for i in range(layout.sp)]
     found = [rows_of(layout, i)[crossing(i, rank)] for i in range(layout.sp)]
     counts = np.asarray([[len(each) for each in part] for part in (sent, found)], dtype=np.int64)
     return np.concatenate(sent), counts, np.concatenate(found)
-
-
-@lru_cache(maxsize=64)
-def _needed(layout: TokenLayout, reach: Reach, apart: bool) -> list[list[np.ndarray]]:
-    """For each rank, the places among each rank's rows that its queries can see."""
-    intervals = [_intervals(layout, each, reach, apart) for each in range(layout.sp)]
-    rows = [rows_of(layout, each) for each in range(layout.sp)]
-    return [[_within(each, seen) for each in rows] for seen in intervals]
 
 
 def index_inputs(layout: TokenLayout, rank: int, fetches: Sequence[Fetch], apart: bool) -> dict[str, torch.Tensor]:
@@ -157,6 +152,7 @@ def _seen(layout: TokenLayout, rank: int, reach: Reach, apart: bool) -> np.ndarr
     return np.stack([low, high], axis=1)
 
 
+@lru_cache(maxsize=1024)
 def _intervals(layout: TokenLayout, rank: int, reach: Reach, apart: bool) -> np.ndarray:
     """Rows that a rank's queries can see: int64 ``[runs, 2]`` of first and end, which may overlap."""
     rows, seen = rows_of(layout, rank), _seen(layout, rank, reach, apart)

@@ -124,7 +124,12 @@ def attention_nodes(graph: fx.Graph) -> list[fx.Node]:
 
 @torch.library.custom_op("sp_compile::exchange_rows", mutates_args=())
 def exchange_rows(
-    rows: torch.Tensor, sent: torch.Tensor, counts: torch.Tensor, received: torch.Tensor, group_name: str
+    rows: torch.Tensor,
+    sent: torch.Tensor,
+    counts: torch.Tensor,
+    received: torch.Tensor,
+    group_name: str,
+    after: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Begin to send rows to other ranks and to receive theirs; ``wait_tensor`` of the result ends it.
 
@@ -133,6 +138,7 @@ def exchange_rows(
         sent: int64, those that are sent, ordered by the rank they go to; what the counts do not name stays here.
         counts: int64 ``[2, sp]`` on the host, rows that go to each rank and that come from each.
         received: its length is that of the result.
+        after: of the collective that begins before this one, so that code keeps their order on all ranks; not read.
 
     Returns:
         ``[received, ...]``, ordered by the rank they come from; zero where none came.
@@ -148,7 +154,12 @@ def exchange_rows(
 
 @exchange_rows.register_fake
 def _(
-    rows: torch.Tensor, sent: torch.Tensor, counts: torch.Tensor, received: torch.Tensor, group_name: str
+    rows: torch.Tensor,
+    sent: torch.Tensor,
+    counts: torch.Tensor,
+    received: torch.Tensor,
+    group_name: str,
+    after: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return rows.new_empty(received.shape[0], *rows.shape[1:])
 
@@ -290,7 +301,8 @@ def attention(
         kernel: what computes it, see :mod:`sp_compile.kernels`.
         plan: regions from ``tile_plan``, made here where it is None.
         valid: bool ``[keys]``, keys that exist.
-        partial: the output is to be merged with others over further keys, and is not rounded to q's dtype before.
+        partial: the output is to be merged with others over further keys, and is not rounded to q's dtype before,
+            but where the kernel does so itself.
 
     Returns:
         Output ``[batch, heads, queries, value_dim]`` in q's dtype (``partial``: in that of the log-sum-exp) and

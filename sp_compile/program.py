@@ -11,7 +11,6 @@ import sympy
 import torch
 from torch import fx
 
-from sp_compile.costs import RATES, Rates
 from sp_compile.ledger import Window
 from sp_compile.mesh import Nodes
 from sp_compile.needs import Fetch
@@ -63,7 +62,7 @@ class Program:
         query_bytes: of one token's queries on their way to earlier keys and of what comes back, in all layers of a
             window.
         nodes: the ranks of each node and their groups, where the mesh has two dims.
-        rates: of a rank and its links.
+        operations_per_byte: what a rank computes while a byte reaches it.
         ran_by: the strategy of each attention.
         local: some attentions exchange nothing, so that every request must be whole on one rank.
         fetches: what ranks fetch, for each kind of attention that does.
@@ -89,7 +88,7 @@ class Program:
     kept: tuple[Window, ...] = ()
     query_bytes: dict[Window, int] = field(default_factory=dict)
     nodes: Nodes | None = None
-    rates: Rates = RATES["cpu"]
+    operations_per_byte: float = 0.0
     ran_by: list[str] = field(default_factory=list)
     local: bool = False
     fetches: list[Fetch] = field(default_factory=list)

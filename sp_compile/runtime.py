@@ -42,6 +42,7 @@ from sp_compile.inputs import (
 )
 from sp_compile.layout import TokenLayout, choose_scheme, token_layout
 from sp_compile.mesh import Group
+from sp_compile.passes.minimize_communication import MinimizeCommunication
 from sp_compile.passes.shard_attention import ShardAttention
 from sp_compile.pipeline import Pass, PassStep, build_pipeline, run_pipeline
 from sp_compile.program import Program
@@ -249,7 +250,10 @@ class ParallelModule(nn.Module):
 
     def _at(self, program: Program) -> Program:
         """The program, told of the ranks that it is for."""
-        program.nodes, program.rates = self.group.nodes, self.rates
+        asked = (each.operations_per_byte for each in self.pipeline if isinstance(each, MinimizeCommunication))
+        price = next(asked, None)
+        program.nodes = self.group.nodes
+        program.operations_per_byte = self.rates.operations_per_byte if price is None else price
         return program
 
     def _agree(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], TokenLayout]:

@@ -8,7 +8,7 @@ import socket
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from sp_compile.errors import MeshError
 from sp_compile.launch import launch
@@ -58,6 +58,7 @@ def groups_of_four() -> dict[str, object]:
         "two axes": of_nodes(resolve(None, mesh)),
         "two unnamed axes": refusal(4, unnamed),
         "nodes of two": of_nodes(with_nodes(resolve(4), 2)),
+        "nodes among each other": refusal(None, DeviceMesh("cpu", [[0, 2], [1, 3]], mesh_dim_names=("nodes", "ranks"))),
         "three axes": refusal(None, init_device_mesh("cpu", (1, 2, 2), mesh_dim_names=("dp", "nodes", "sp"))),
         "another size than the mesh": refusal(2, unnamed),
         "another size": refusal(4, mesh["sp"]),
@@ -104,6 +105,10 @@ def test_an_axis_of_a_mesh_is_a_group(found: list[dict[str, object]]):
             "three axes",
             "the mesh has 3 axes ('dp', 'nodes', 'sp'); pass its one axis for sequences, mesh['sp'], or two, "
             "as (nodes, ranks of a node)",
+        ),
+        (
+            "nodes among each other",
+            "the mesh has the ranks [[0, 2], [1, 3]]; those of a node have to follow each other",
         ),
         ("two unnamed axes", "the mesh has 2 axes without names; make it with mesh_dim_names=('nodes', 'ranks')"),
         ("another size than the mesh", "sp=2 and a mesh of 4 ranks; pass one of them"),

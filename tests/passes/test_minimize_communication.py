@@ -80,13 +80,14 @@ def test_a_value_needed_in_both_orders_crosses_once():
     assert check_placements(program, embeds(32), token_layout(LENGTHS, 3, min_shard_length=2)) > 10
 
 
-def test_a_value_gathered_for_two_readers_crosses_once():
+@pytest.mark.parametrize("options", [JOINED, APART], ids=["joined", "apart"])
+def test_a_value_gathered_for_two_readers_crosses_once(options: Mapping[str, Any]):
     def forward(self: Any, inputs_embeds: torch.Tensor) -> Any:
         q, k, v = qkv(inputs_embeds)
         first = F.scaled_dot_product_attention(q, repeated(k), repeated(v))
         return F.scaled_dot_product_attention(first, repeated(k), repeated(v), is_causal=True)
 
-    first, second = calls(last(forward, APART), "sp_compile.attention")
+    first, second = calls(last(forward, options), "sp_compile.attention")
     assert first.args[1:3] == second.args[1:3]
 
 
