@@ -106,23 +106,29 @@ def test_heads_within_nodes_and_keys_and_values_across(ranks):
             assert compiles == 1
 
 
-LINK = {"link_rate": 5e7, "compute_rate": 5e10}  # a byte is worth 1,000 operations
+LATENTS = {"link_rate": 5e7, "compute_rate": 5e10}  # a byte is worth 1,000 operations
 FORMULAS = {  # bytes of a token that cross in each layer, in fp32
     "llama 8:2": ("llama", {}, 2 * 2 * 8 * 4),
-    "MLA": ("deepseek_v3", LINK, (32 + 8) * 4),  # the latent, and the rotary part of all heads
+    "MLA": ("deepseek_v3", LATENTS, (32 + 8) * 4),  # the latent, and the rotary part of all heads
     "MLA, where computing is dear": ("deepseek_v3", {"link_rate": 5e12, "compute_rate": 5e10}, 4 * (16 + 8 + 16) * 4),
-    "hidden state": ("gpt2", LINK, 64 * 4),  # of 2 * 64
+    "hidden state": ("gpt2", LATENTS, 64 * 4),  # of 2 * 64
 }
 
 
 @pytest.mark.parametrize("case", FORMULAS)
-@pytest.mark.parametrize("sp", [2, 5])
-def test_bytes_of_a_layer_are_those_of_the_formula(case: str, sp: int):
+def test_bytes_of_a_layer_are_those_of_the_formula(case: str):
     name, options, bytes_of_token = FORMULAS[case]
     model = llama() if name == "llama" else build(name)
-    report = sp_compile.explain(model, {**requests([37, 8]), "use_cache": False}, sp=sp, **options)
+    report = sp_compile.explain(model, {**requests([37, 8]), "use_cache": False}, sp=5, **options)
     *layers, _ = [each.bytes_sent for each in report.collectives]  # the last are the logits
-    assert layers == [(sp - 1) * report.shard_length * bytes_of_token] * 2
+    assert layers == [4 * report.shard_length * bytes_of_token] * 2
+
+
+@pytest.mark.parametrize("strategy", ["allgather_kv", "ring"])
+def test_keys_expanded_from_latents_that_crossed_are_right(ranks, strategy: str):
+    found = ranks(3).run(ran, "deepseek_v3", MIXES[:2], attention=strategy, **LATENTS)
+    for each in found:
+        assert max(worst for worst, *_ in each) <= 1e-5
 
 
 def test_bytes_of_a_window_are_its_halo():
