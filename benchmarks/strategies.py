@@ -23,12 +23,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from prefill import llama
+from prefill import batch_of, llama
 from servers import Server, answer, serve, write
 
 import sp_compile
 from sp_compile.layout import token_layout
 from sp_compile.measure import machine, versions
+from sp_compile.needs import Reach, seen_pairs
 
 
 def mixes(tokens: int = 8192) -> dict[str, list[int]]:
@@ -55,18 +56,11 @@ SETUPS = {  # scheme, strategy, ranks
 }
 
 
-def batch(lengths: Sequence[int]) -> dict[str, torch.Tensor]:
-    """One request as it is, several packed."""
-    generator = torch.Generator().manual_seed(sum(lengths))
-    ids = [torch.randint(3, 1024, (length,), generator=generator) for length in lengths]
-    return {"input_ids": ids[0][None]} if len(ids) == 1 else dict(sp_compile.pack(ids))
-
-
 def run(scheme: str, strategy: str, sp: int, threads: int, orders: str) -> None:
     """Serve forwards of one setup."""
     torch.set_num_threads(threads)
     parallel = sp_compile.parallelize(llama(), sp=sp, scheme=scheme, attention=strategy, outputs="sharded")
-    batches = {name: batch(lengths) for name, lengths in mixes().items()}
+    batches = {name: batch_of(lengths) for name, lengths in mixes().items()}
 
     def reply(order: str) -> float:
         what, _, mix = order.partition(" ")
@@ -91,9 +85,7 @@ def carried() -> int:
 def balance(scheme: str, lengths: Sequence[int], sp: int) -> dict[str, float]:
     """The most that a rank has over the mean, of causal attention's area and of tokens."""
     layout = token_layout(lengths, sp, scheme)
-    seen = np.concatenate([np.arange(1, length + 1) for length in lengths])
-    area = (seen[layout.local_index.numpy()] * layout.valid.numpy()).sum(axis=1)
-    tokens = np.asarray(layout.tokens_per_rank)
+    area, tokens = np.asarray(seen_pairs(layout, Reach(None, 0), True)), np.asarray(layout.tokens_per_rank)
     return {"area": float(area.max() / area.mean()), "tokens": float(tokens.max() / tokens.mean())}
 
 
@@ -164,11 +156,11 @@ def grid(rounds: int) -> list[dict[str, Any]]:
                  for each in STRATEGIES}  # fmt: skip
         auto = ParallelModule(model, groups[0], compile_config(attention="auto", **common))
         for mix, lengths in mixes(TOKENS).items():
-            seconds, reports = timed(ranks, batch(lengths), rounds)
+            seconds, reports = timed(ranks, batch_of(lengths), rounds)
             print(f"grid: {name}, {mix}", flush=True)
             for rate_name, rate in RATES.items():
                 auto.rates = rates_of(torch.device("cpu"), rate, compute)
-                taken = auto.explain(batch(lengths)).strategies[0]
+                taken = auto.explain(batch_of(lengths)).strategies[0]
                 found = {each: seconds[each] + reports[each].bytes_sent / rate for each in STRATEGIES}
                 rows.append({"model": name, "mix": mix, "rate": rate_name, "seconds": found, "auto": taken})
     dist.destroy_process_group()

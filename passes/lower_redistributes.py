@@ -33,6 +33,7 @@ import torch
 from torch import fx
 
 from sp_compile import ops
+from sp_compile.collectives import EXCHANGE
 from sp_compile.invariants import GATHERED_ONCE, KEYS_PADDED, LOWERED, PLACED, RESTORED, TOKENS_SHARDED
 from sp_compile.pipeline import Pass
 from sp_compile.placements import (
@@ -54,7 +55,6 @@ from sp_compile.symbols import shape_of, tensors_of
 
 aten = torch.ops.aten
 c10d = torch.ops._c10d_functional
-_exchange_rows = torch.ops.sp_compile.exchange_rows.default
 
 
 @dataclass(frozen=True)
@@ -233,7 +233,7 @@ class _Builder:
         """The rows of others that a fetch brings."""
         names = ("fetch_rows", "fetch_counts", "fetched_rows")
         index = [self.index(f"{name}_{fetch}") for name in names]
-        return self.call(c10d.wait_tensor.default, self.call(_exchange_rows, rows, *index, self.program.group_name))
+        return self.call(c10d.wait_tensor.default, self.call(EXCHANGE, rows, *index, self.program.group_name))
 
     def all_reduce(self, node: fx.Node) -> fx.Node:
         """Sum over ranks."""

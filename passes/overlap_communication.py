@@ -75,8 +75,8 @@ def _ordered(graph: fx.Graph, in_flight: int) -> list[fx.Node]:
     inputs = len(done)
     travelling: list[fx.Node] = []
 
-    def needed(targets: list[fx.Node]) -> set[fx.Node]:
-        found, stack = {*targets}, [*targets]
+    def needed(target: fx.Node) -> set[fx.Node]:
+        found, stack = {target}, [target]
         while stack:
             for each in stack.pop().all_input_nodes:
                 if each not in found and each not in done:
@@ -89,15 +89,16 @@ def _ordered(graph: fx.Graph, in_flight: int) -> list[fx.Node]:
 
     starts = [node for node in graph.nodes if is_start(node)]
     for node in sorted(starts, key=lambda node: min(order[wait] for wait in node.users)):
-        emit(needed([node]) - {node})
+        emit(needed(node) - {node})
         travelling = [wait for wait in travelling if wait not in done]
         while len(travelling) >= in_flight:
             wait = min(travelling, key=order.__getitem__)
             travelling.remove(wait)
             for each in by_reader[: by_reader.index(wait)]:  # what can be done meanwhile
-                if each not in done and not any(is_start(need) or is_wait(need) for need in needed([each])):
-                    emit(needed([each]))
-            emit(needed([wait]))
+                before = needed(each)
+                if not any(is_start(need) or is_wait(need) for need in before):
+                    emit(before)
+            emit(needed(wait))
         emit({node})
         travelling += filter(is_wait, node.users)
     emit({*graph.nodes} - done.keys())

@@ -152,7 +152,7 @@ class Variant:
         Raises:
             StrategyError: nothing is to be exchanged, and a request is on several ranks.
         """
-        if self.program.local and not (step.apart and needs.whole_on_ranks(step.layout)):
+        if "local" in self.program.ran_by and not (step.apart and needs.whole_on_ranks(step.layout)):
             raise StrategyError(
                 "strategy local exchanges nothing, but requests of this batch lie on several ranks or may see each "
                 "other; use scheme='whole' and short requests from pack, or attention='fetch'"

@@ -6,9 +6,8 @@ in common is left out.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ import torch.distributed as dist
 from sp_compile import needs
 from sp_compile.heads import HeadLists, head_lists
 from sp_compile.layout import TokenLayout
+from sp_compile.measure import seconds
 from sp_compile.mesh import Group, Nodes
 from sp_compile.needs import Reach
 
@@ -47,6 +47,10 @@ class Rates:
         """What a rank computes while a byte reaches it."""
         return self.compute / self.link
 
+    def but(self, link: float | None, compute: float | None) -> Rates:
+        """These rates, but for those that are given."""
+        return replace(self, link=link or self.link, compute=compute or self.compute)
+
 
 RATES = {"cpu": Rates(2e9, 50e9, 1e-4, 5e9, 0.0), "cuda": Rates(4e11, 4e14, 2e-5, 3e12, 0.9)}
 SAMPLE = 1 << 20  # elements of fp32 that are gathered to measure a link
@@ -54,8 +58,7 @@ SAMPLE = 1 << 20  # elements of fp32 that are gathered to measure a link
 
 def rates_of(device: torch.device, link: float | None = None, compute: float | None = None) -> Rates:
     """The rates of a kind of device, for a GPU those of an H100 with NVLink, but for those that are given."""
-    known = RATES["cpu" if device.type == "cpu" else "cuda"]
-    return Rates(link or known.link, compute or known.compute, known.latency, known.memory, known.hidden)
+    return RATES["cpu" if device.type == "cpu" else "cuda"].but(link, compute)
 
 
 def measured_rates(group: Group, device: torch.device, dtype: torch.dtype) -> Rates:
@@ -76,18 +79,11 @@ def measured_rates(group: Group, device: torch.device, dtype: torch.dtype) -> Ra
         found = found.to(device)
         dist.broadcast(found, group=group.process_group, group_src=0)
     link, compute, latency = found.tolist()
-    return Rates(link, compute, latency, known.memory, known.hidden)
+    return replace(known, link=link, compute=compute, latency=latency)
 
 
-def _seconds(run: Callable[[], Any], device: torch.device, repeats: int = 5) -> float:
-    best = float("inf")
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return best
+def _seconds(run: Callable[[], Any], device: torch.device) -> float:
+    return min(seconds(run, device, lambda: None) for _ in range(5))
 
 
 class Attention(NamedTuple):
@@ -136,19 +132,16 @@ class _Case:
 
     def spread(self) -> float:
         lists = self._lists(self.layout.sp)
-        return self._computed_by_heads(lists) + self._exchanged(lists, self.layout.sp)
+        return self._by_heads(sum(self._pairs()), lists) + self._exchanged(lists, self.layout.sp)
 
     def spread_in_nodes(self) -> float:
         assert self.nodes is not None
         lists, size = self._lists(self.nodes.size), self.nodes.size
         across = (self.layout.sp // size - 1) * size * self.layout.shard_length
         keys = across * len(lists.keys[0]) * self.attention.dims * self.attention.itemsize
-        share = len(lists.queries[0]) / self.attention.heads
-        pairs = needs.seen_pairs(self.layout, self.attention.reach, self.apart)
+        pairs = self._pairs()
         busiest = max(sum(pairs[i : i + size]) for i in range(0, len(pairs), size))
-        return (
-            busiest * share * self._operations() / self.rates.compute + self._exchanged(lists, size) + self._sent(keys)
-        )
+        return self._by_heads(busiest, lists) + self._exchanged(lists, size) + self._sent(keys)
 
     def _lists(self, ranks: int) -> HeadLists:
         return head_lists(self.attention.heads, self.attention.kv_heads, ranks)
@@ -159,20 +152,20 @@ class _Case:
         there_and_back = self._others(ranks) * heads * self.attention.dims * self.attention.itemsize
         return self._sent(there_and_back) + self.rates.latency
 
+    def _pairs(self) -> tuple[int, ...]:
+        """Of query and key, of each rank."""
+        return needs.seen_pairs(self.layout, self.attention.reach, self.apart)
+
     def _computed(self) -> float:
-        return (
-            max(needs.seen_pairs(self.layout, self.attention.reach, self.apart))
-            * self._operations()
-            / self.rates.compute
-        )
+        """By the rank that has most pairs, for all heads."""
+        return max(self._pairs()) * self._seconds_of_pair()
 
-    def _computed_by_heads(self, lists: HeadLists) -> float:
-        pairs = sum(needs.seen_pairs(self.layout, self.attention.reach, self.apart))
-        return pairs * len(lists.queries[0]) / self.attention.heads * self._operations() / self.rates.compute
+    def _by_heads(self, pairs: int, lists: HeadLists) -> float:
+        """So many pairs, for the heads of a rank."""
+        return pairs * len(lists.queries[0]) / self.attention.heads * self._seconds_of_pair()
 
-    def _operations(self) -> float:
-        """Of a pair of query and key."""
-        return 2.0 * self.attention.heads * self.attention.dims
+    def _seconds_of_pair(self) -> float:
+        return 2.0 * self.attention.heads * self.attention.dims / self.rates.compute
 
     def _others(self, ranks: int) -> int:
         return (ranks - 1) * self.layout.shard_length
@@ -217,7 +210,7 @@ def choose_strategies(
         return ("local",) * len(attentions)
     best: dict[Attention, str] = {}
     for each in {*attentions}:
-        seconds = predicted_seconds(layout, each, apart, rates, nodes)
-        fastest = min(seconds, key=seconds.__getitem__)
-        best[each] = fastest if seconds[fastest] < GAINS * seconds["allgather_kv"] else "allgather_kv"
+        found = predicted_seconds(layout, each, apart, rates, nodes)
+        fastest = min(found, key=found.__getitem__)
+        best[each] = fastest if found[fastest] < GAINS * found["allgather_kv"] else "allgather_kv"
     return tuple(best[each] for each in attentions)

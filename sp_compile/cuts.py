@@ -22,7 +22,6 @@ from operator import getitem
 from typing import Any
 
 import networkx
-import torch
 from torch import fx
 
 from sp_compile import ops
@@ -32,7 +31,7 @@ from sp_compile.placements import Gathered, Replicate, Shard
 from sp_compile.program import Program, insert_redistribute, placement
 from sp_compile.rules import NoRule
 from sp_compile.rules.gathered import through_dims
-from sp_compile.symbols import expr, is_tensor, tensors_of
+from sp_compile.symbols import is_tensor, known_size, tensors_of
 
 OPERATIONS = 4  # that an element of any other op than a product is counted as
 INPUTS, WANTED = "inputs", "keys and values"  # ends of the network
@@ -121,11 +120,10 @@ class Cuts:
             return math.inf
         if (node, of) in self.made or _known(node):
             return 0
-        held = placement(node)
-        if not is_tensor(node) or held != Shard(getattr(held, "dim", -1)):
+        elements = self._per_token(node)
+        if not is_tensor(node) or not _is_plain(placement(node)) or elements is None:
             return math.inf
-        each = self._per_token(node)
-        return math.inf if each is None else each * node.meta["val"].element_size()
+        return elements * int(node.meta["val"].element_size())
 
     def _price(self, node: fx.Node, way: dict[fx.Node, None]) -> float:
         """Bytes that could cross in the time in which one token of the node is computed anew."""
@@ -137,27 +135,30 @@ class Cuts:
         whole = all(isinstance(each, Replicate) for each in inputs.values())
         if node.op != "call_function" or node.target is ops.redistribute or others or whole or elements is None:
             return math.inf
+        if not all(_is_plain(held) or isinstance(held, Replicate) for held in inputs.values()):
+            return math.inf
         wanted = {each: Gathered(held.dim) if isinstance(held, Shard) else held for each, held in inputs.items()}
-        plain = all(held in (Shard(getattr(held, "dim", -1)), Replicate()) for held in inputs.values())
         try:
-            if not plain or through_dims(node, self.program.tokens, wanted) != _gathered(placement(node), ""):
+            if through_dims(node, self.program.tokens, wanted) != _placed_as(placement(node), ""):
                 return math.inf
         except NoRule:
             return math.inf
-        each = 2 * multiplications(node, lambda size: self._of_token(size) or 1) if node.target in PRODUCTS else None
-        return (OPERATIONS * elements if each is None else each) / self.operations_per_byte
+        if node.target in PRODUCTS:
+            return 2 * multiplications(node, lambda size: self._of_token(size) or 1) / self.operations_per_byte
+        return OPERATIONS * elements / self.operations_per_byte
 
     def _per_token(self, node: fx.Node) -> int | None:
         """Elements of one token; None where that is no fixed number."""
-        sizes = [self._of_token(size) for each in tensors_of(node) for size in each.shape]
-        if None in sizes or not all(isinstance(each, Shard) for each in _parts(placement(node))):
+        shapes = [[self._of_token(size) for size in each.shape] for each in tensors_of(node)]
+        if any(None in sizes for sizes in shapes) or not all(
+            isinstance(each, Shard) for each in _parts(placement(node))
+        ):
             return None
-        return sum(math.prod(self._of_token(size) or 0 for size in each.shape) for each in tensors_of(node))
+        return sum(math.prod(size for size in sizes if size is not None) for sizes in shapes)
 
     def _of_token(self, size: Any) -> int | None:
         """A size for a batch of one token."""
-        number = expr(size).subs({self.program.tokens: 1}) if isinstance(size, torch.SymInt) else size
-        return None if getattr(number, "free_symbols", None) else int(number)
+        return known_size(size, {self.program.tokens: 1})
 
     def _gathered(self, node: fx.Node, of: str, before: fx.Node) -> fx.Node:
         source: Any = node.args[0] if _known(node) else node
@@ -166,7 +167,7 @@ class Cuts:
     def _copied(self, node: fx.Node, of: str, before: fx.Node) -> fx.Node:
         with self.program.graph.inserting_before(before):
             new = self.program.graph.node_copy(node, lambda each: self.made.get((each, of), each))
-        new.meta["placement"] = _gathered(placement(node), of)
+        new.meta["placement"] = _placed_as(placement(node), of)
         return new
 
 
@@ -188,7 +189,12 @@ def _parts(held: Any) -> tuple[Any, ...]:
     return held if isinstance(held, tuple) else (held,)
 
 
-def _gathered(held: Any, of: str) -> Any:
+def _is_plain(held: Any) -> bool:
+    """Whether it is the rank's rows and nothing else about them."""
+    return isinstance(held, Shard) and held == Shard(held.dim)
+
+
+def _placed_as(held: Any, of: str) -> Any:
     """The placement of what is computed from gathered rows, from that of what was computed from the rank's."""
     parts = tuple(Gathered(each.dim, of) for each in _parts(held))
     return parts if isinstance(held, tuple) else parts[0]

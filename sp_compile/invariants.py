@@ -228,18 +228,15 @@ def _local(program: Program) -> None:
 
 
 def _overlapped(program: Program) -> None:
-    nodes = [*program.graph.nodes]
-    for i, node in enumerate(nodes):
-        if is_wait(node):
-            following = next((each for each in nodes[i + 1 :] if is_heavy(each) or is_start(each)), None)
-            if following is not None and is_heavy(following) and not depends(following, node):
-                raise Violation(node, "a wait behind all work that does not need it", f"%{following.name} after it")
-        elif is_start(node):
-            before = next(
-                (each for each in reversed(nodes[:i]) if is_heavy(each) or is_wait(each) or is_start(each)), None
-            )
-            if before is not None and is_heavy(before) and not depends(node, before):
-                raise Violation(node, "a collective before all work that it does not need", f"%{before.name} before it")
+    before = following = None  # the work, collective or wait that is nearest
+    for node in program.graph.nodes:
+        if is_start(node) and before is not None and is_heavy(before) and not depends(node, before):
+            raise Violation(node, "a collective before all work that it does not need", f"%{before.name} before it")
+        before = node if is_heavy(node) or is_start(node) or is_wait(node) else before
+    for node in reversed(program.graph.nodes):
+        if is_wait(node) and following is not None and is_heavy(following) and not depends(following, node):
+            raise Violation(node, "a wait behind all work that does not need it", f"%{following.name} after it")
+        following = node if is_heavy(node) or is_start(node) else following
 
 
 FUNCTIONAL = Invariant("functional", _functional)

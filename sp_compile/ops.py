@@ -315,21 +315,8 @@ def attention(
 
 
 @attention.register_fake
-def _(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    operands: Sequence[torch.Tensor],
-    tables: Sequence[torch.Tensor],
-    rule: str,
-    scale: float,
-    empty_mean: bool = False,
-    kernel: str = "tiles",
-    plan: torch.Tensor | None = None,
-    valid: torch.Tensor | None = None,
-    partial: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    batch, heads, queries, _ = q.shape
-    lse = q.new_empty(batch, heads, queries, dtype=accumulated(q.dtype))
-    dtype = lse.dtype if partial else q.dtype
-    return q.new_empty(batch, heads, queries, v.shape[-1], dtype=dtype), lse
+def _(*args: Any, **more: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    q, _, v = args[:3]
+    lse = q.new_empty(*q.shape[:3], dtype=accumulated(q.dtype))
+    dtype = lse.dtype if AttentionArgs(*args, **more).partial else q.dtype
+    return q.new_empty(*q.shape[:3], v.shape[-1], dtype=dtype), lse

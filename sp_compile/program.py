@@ -64,7 +64,6 @@ class Program:
         nodes: the ranks of each node and their groups, where the mesh has two dims.
         operations_per_byte: what a rank computes while a byte reaches it.
         ran_by: the strategy of each attention.
-        local: some attentions exchange nothing, so that every request must be whole on one rank.
         fetches: what ranks fetch, for each kind of attention that does.
         isolation: what was done to keep their requests apart.
         compiled: whether code is generated for the graph, or it runs as it is.
@@ -90,7 +89,6 @@ class Program:
     nodes: Nodes | None = None
     operations_per_byte: float = 0.0
     ran_by: list[str] = field(default_factory=list)
-    local: bool = False
     fetches: list[Fetch] = field(default_factory=list)
     isolation: str = ""
     compiled: bool = True

@@ -17,6 +17,7 @@ from sp_compile.collectives import PRODUCTS, STARTS, multiplications, shadows
 from sp_compile.layout import TokenLayout
 from sp_compile.pipeline import PassStep
 from sp_compile.program import Fallback, Program, op_name, source_line
+from sp_compile.symbols import known_size
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def _collective(
     names = Counter(op_name(each).rpartition(".")[2] for each in work)
     shadow = ", ".join(f"{count} {name}" for name, count in names.items())
     products = [each for each in work if each.target in PRODUCTS]
-    operations = sum(2 * multiplications(each, lambda size: _known(size, values) or 1) for each in products)
+    operations = sum(2 * multiplications(each, lambda size: known_size(size, values) or 1) for each in products)
     return Collective(
         node.name, kind, elements * value.element_size(), f"[{shape}]", source_line(node), shadow, operations
     )
@@ -142,17 +143,11 @@ def _collective(
 
 def _numel(node: Any, values: Mapping[Any, Any], first: int = 0) -> int:
     """Elements for this layout, of the dims from ``first`` on; those that depend on data are counted as 1."""
-    return math.prod(_known(size, values) or 1 for size in node.meta["val"].shape[first:])
-
-
-def _known(size: Any, values: Mapping[Any, Any]) -> int | None:
-    """The size for this layout; None where it depends on data."""
-    number = size.node.expr.xreplace(values) if isinstance(size, torch.SymInt) else size
-    return None if getattr(number, "free_symbols", None) else int(number)
+    return math.prod(known_size(size, values) or 1 for size in node.meta["val"].shape[first:])
 
 
 def _size_text(size: Any, values: Mapping[Any, Any]) -> str:
-    number = _known(size, values)
+    number = known_size(size, values)
     return "?" if number is None else str(number)
 
 

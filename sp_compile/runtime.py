@@ -242,7 +242,7 @@ class ParallelModule(nn.Module):
         tensors = [each for each in self.module.parameters() if each.is_floating_point()]
         dtype = tensors[0].dtype if tensors else torch.float32
         found, config = measured_rates(self.group, _device(self.module), dtype), self.compile_config
-        self.rates = replace(found, link=config.link_rate or found.link, compute=config.compute_rate or found.compute)
+        self.rates = found.but(config.link_rate, config.compute_rate)
 
     def _choose(self, layout: TokenLayout, attentions: Sequence[Attention], apart: bool) -> tuple[str, ...]:
         """The fastest strategies for a batch, by the rates of now."""

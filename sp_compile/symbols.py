@@ -62,6 +62,12 @@ def length_input(graph: fx.Graph, tokens: sympy.Symbol | None) -> fx.Node | None
     return None
 
 
+def known_size(size: Any, values: Mapping[Any, Any]) -> int | None:
+    """A size where symbols have these values; None where it depends on others."""
+    number = size.node.expr.xreplace(values) if isinstance(size, torch.SymInt) else size
+    return None if getattr(number, "free_symbols", None) else int(number)
+
+
 def product(sizes: Sequence[sympy.Expr]) -> sympy.Expr:
     """Product of sizes, 1 for none."""
     result: sympy.Expr = sympy.Integer(1)

@@ -24,7 +24,7 @@ STRATEGIES: dict[str, Strategy] = {
     "window": Strategy(keys.fetched, keys.against_window),
     "local": Strategy(keys.local),
     "ring": Strategy(ring.ringed, ring.against),
-    "ulysses": Strategy(heads.spread, heads.against),
+    "ulysses": Strategy(heads.spread, Site.against_pairs),
     "hybrid": Strategy(heads.spread_in_nodes, heads.against_nodes),
 }
 ALWAYS_OFFERED = [name for name in STRATEGIES if name != "local"]  # which depends on the batch

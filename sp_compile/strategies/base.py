@@ -42,9 +42,15 @@ class Site:
         """How far the keys go that its queries need."""
         return needed_by(self.node, self.program.tokens, self.program.counted)
 
-    def pairs(self) -> list[fx.Node]:
-        """What masks or changes scores by a value for every query and key, which ranks have of their own rows only."""
-        return [each for each in self.args.operands if not is_vector(each, self.args)]
+    def against_pairs(self) -> str:
+        """Why what masks or changes scores cannot be had for other rows; empty where it is a rule over vectors."""
+        for each in self.args.operands:
+            if not is_vector(each, self.args):
+                return (
+                    f"%{each.name} has a value for every query and key, which ranks have of their own rows only: the "
+                    "mask was not lifted"
+                )
+        return ""
 
     def moved(self, node: fx.Node, target: Placement) -> fx.Node:
         """A node under another placement, in front of the attention."""

@@ -14,19 +14,11 @@ from sp_compile.strategies.base import Site, unmoved
 from sp_compile.symbols import shape_of
 
 
-def against(site: Site) -> str:
-    """Why heads cannot be spread."""
-    pairs = site.pairs()
-    if pairs:
-        return f"%{pairs[0].name} has a value for every query and key, which ranks have of their own rows only"
-    return ""
-
-
 def against_nodes(site: Site) -> str:
     """Why heads cannot be spread in nodes."""
     if site.program.nodes is None:
         return "there is no 2-D mesh; pass one of (nodes, ranks of a node), or ranks_per_node"
-    return against(site)
+    return site.against_pairs()
 
 
 def spread(site: Site) -> None:

@@ -19,7 +19,6 @@ def all_gathered(site: Site) -> None:
 
 def local(site: Site) -> None:
     """``local``."""
-    site.program.local = True
     bring(site, Gathered(2, LOCAL_ROWS))
 
 

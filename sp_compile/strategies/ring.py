@@ -20,12 +20,9 @@ aten = torch.ops.aten
 
 def against(site: Site) -> str:
     """Why keys cannot come in stages."""
-    pairs = site.pairs()
-    if pairs:
-        return f"%{pairs[0].name} has a value for every query and key: the mask was not lifted"
     if site.args.empty_mean and site.reach == Reach(None, None):
         return "a row that may see nothing gets the mean of all values"
-    return ""
+    return site.against_pairs()
 
 
 def ringed(site: Site) -> None:
