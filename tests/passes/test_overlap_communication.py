@@ -75,6 +75,15 @@ def test_a_block_of_a_ring_travels_while_the_one_before_is_attended_to():
     assert stages == ["fetched_rows_0", "fetched_rows_1", "fetched_rows_2"]  # nearest first
 
 
+def test_exchanges_name_the_collective_before_them():
+    """So that generated code begins them in the same order on all ranks."""
+    first, *others = [node for node in program("ring", sp=4).graph.nodes if is_start(node)]
+    assert len(first.args) == 5
+    exchanges = [i for i, node in enumerate(others) if op_name(node) == "sp_compile.exchange_rows"]
+    assert len(exchanges) == 5
+    assert all(others[i].args[5] is [first, *others][i] for i in exchanges)
+
+
 def test_what_is_computed_stays_the_same():
     inputs = embeds(WIDTH)
     whole = program(last="normalize")
