@@ -6,11 +6,14 @@ VENV ?= .venv
 PYTHON ?= python3
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+WORKERS ?= 2
 CONFIG ?= configs/prefill.yaml
 ARGS ?= sp=2
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt $(PIP_ARGS)
+# A test's own ranks share the cores with those of the other workers: one thread each, and none that spins.
+PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 READY := $(VENV)/.installed
 
 .PHONY: demo test test-all check golden clean
@@ -19,10 +22,10 @@ demo: $(READY)
 	$(BIN)/sp-compile run $(CONFIG) $(ARGS)
 
 test: $(READY)
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 test-all: $(READY)
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 # mypy cannot see that the folder passes/ is the package sp_compile.passes; a tree of links can show it.
 check: $(READY)

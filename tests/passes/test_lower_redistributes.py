@@ -77,7 +77,7 @@ def test_collectives_run_over_dense_rows_in_front():
 
 def test_every_rank_has_the_same_graph():
     def text(rank: int) -> list[str]:
-        with mock.patch.object(mesh, "pretend", lambda sp: mesh.Group(sp, rank, "pretend")):
+        with mock.patch.object(mesh, "pretend", lambda sp, _: mesh.Group(sp, rank, "pretend")):
             return list(lines(after("localize_shapes", lambda self, inputs_embeds: causal(inputs_embeds), embeds(12))))
 
     assert text(0) == text(1)
