@@ -6,7 +6,7 @@ in common is left out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from sp_compile.measure import seconds
 from sp_compile.mesh import Group, Nodes
 from sp_compile.needs import Reach
 
-GAINS = 0.97  # of the time of an all-gather that another strategy may take at most
+COPIES = 3  # of what arrives: it is written, taken apart into keys and values, and these are laid out for the kernel
 WIDE = 4  # bytes of an element of a partial output
 
 
@@ -34,6 +34,7 @@ class Rates:
         latency: seconds that a collective takes with nothing to carry.
         memory: bytes per second that a rank reads or writes.
         hidden: share of a transfer that computation can hide; processors that also carry the bytes hide nothing.
+        part: seconds that a part of the scores takes besides its pairs, where each is a call of a kernel.
     """
 
     link: float
@@ -41,6 +42,7 @@ class Rates:
     latency: float
     memory: float
     hidden: float
+    part: float
 
     @property
     def operations_per_byte(self) -> float:
@@ -52,7 +54,7 @@ class Rates:
         return replace(self, link=link or self.link, compute=compute or self.compute)
 
 
-RATES = {"cpu": Rates(2e9, 50e9, 1e-4, 5e9, 0.0), "cuda": Rates(4e11, 4e14, 2e-5, 3e12, 0.9)}
+RATES = {"cpu": Rates(2e9, 50e9, 1e-4, 2e9, 0.0, 1e-3), "cuda": Rates(4e11, 4e14, 2e-5, 3e12, 0.9, 0.0)}
 SAMPLE = 1 << 20  # elements of fp32 that are gathered to measure a link
 
 
@@ -124,24 +126,26 @@ class _Case:
 
     def ringed(self) -> float:
         stages = len(needs.ring_stages(self.layout.sp))
-        bytes_in, computed = self._received() * self.attention.crossing / self.rates.link, self._computed()
-        exposed = bytes_in - min(self.rates.hidden * bytes_in, computed * stages / (stages + 1))
+        bytes_in, computed = self._received() * self.attention.crossing, self._computed()
+        travels, copied = bytes_in / self.rates.link, COPIES * bytes_in / self.rates.memory
+        exposed = travels - min(self.rates.hidden * travels, computed * stages / (stages + 1))
         outputs = self.layout.shard_length * self.attention.heads * self.attention.dims / 2 * WIDE
         merged = stages * 4 * outputs / self.rates.memory  # both read, one written, each a little
-        return computed + exposed + merged + stages * self.rates.latency
+        return computed + copied + exposed + merged + stages * self.rates.latency
 
     def spread(self) -> float:
         lists = self._lists(self.layout.sp)
-        return self._by_heads(sum(self._pairs()), lists) + self._exchanged(lists, self.layout.sp)
+        everyone = range(self.layout.sp)
+        return self._by_heads(everyone, lists) + self._exchanged(lists, self.layout.sp)
 
     def spread_in_nodes(self) -> float:
         assert self.nodes is not None
         lists, size = self._lists(self.nodes.size), self.nodes.size
         across = (self.layout.sp // size - 1) * size * self.layout.shard_length
         keys = across * len(lists.keys[0]) * self.attention.dims * self.attention.itemsize
-        pairs = self._pairs()
-        busiest = max(sum(pairs[i : i + size]) for i in range(0, len(pairs), size))
-        return self._by_heads(busiest, lists) + self._exchanged(lists, size) + self._sent(keys)
+        of_node = (range(first, first + size) for first in range(0, self.layout.sp, size))
+        busiest = max(self._by_heads(each, lists) for each in of_node)
+        return busiest + self._exchanged(lists, size) + self._sent(keys)
 
     def _lists(self, ranks: int) -> HeadLists:
         return head_lists(self.attention.heads, self.attention.kv_heads, ranks)
@@ -152,20 +156,20 @@ class _Case:
         there_and_back = self._others(ranks) * heads * self.attention.dims * self.attention.itemsize
         return self._sent(there_and_back) + self.rates.latency
 
-    def _pairs(self) -> tuple[int, ...]:
-        """Of query and key, of each rank."""
-        return needs.seen_pairs(self.layout, self.attention.reach, self.apart)
-
     def _computed(self) -> float:
-        """By the rank that has most pairs, for all heads."""
-        return max(self._pairs()) * self._seconds_of_pair()
+        """By the rank that is busiest, for all heads."""
+        return max(self._seconds_of_queries())
 
-    def _by_heads(self, pairs: int, lists: HeadLists) -> float:
-        """So many pairs, for the heads of a rank."""
-        return pairs * len(lists.queries[0]) / self.attention.heads * self._seconds_of_pair()
+    def _by_heads(self, ranks: Iterable[int], lists: HeadLists) -> float:
+        """The queries of these ranks, for the heads of one."""
+        return sum(self._seconds_of_queries(len(lists.queries[0]))[rank] for rank in ranks)
 
-    def _seconds_of_pair(self) -> float:
-        return 2.0 * self.attention.heads * self.attention.dims / self.rates.compute
+    def _seconds_of_queries(self, heads: int | None = None) -> list[float]:
+        """Of each rank's, for so many heads, or all."""
+        batch = self.layout, self.attention.reach, self.apart
+        of_pair = 2.0 * (heads or self.attention.heads) * self.attention.dims / self.rates.compute
+        both = zip(needs.seen_pairs(*batch), needs.seen_parts(*batch), strict=True)
+        return [pairs * of_pair + parts * self.rates.part for pairs, parts in both]
 
     def _others(self, ranks: int) -> int:
         return (ranks - 1) * self.layout.shard_length
@@ -174,7 +178,7 @@ class _Case:
         return needs.received(self.layout, self.attention.reach, self.apart)
 
     def _sent(self, bytes_in: float) -> float:
-        return bytes_in / self.rates.link + self.rates.latency
+        return bytes_in / self.rates.link + COPIES * bytes_in / self.rates.memory + self.rates.latency
 
 
 PREDICTED: dict[str, Callable[[_Case], float]] = {
@@ -202,15 +206,11 @@ def predicted_seconds(
 def choose_strategies(
     layout: TokenLayout, attentions: Sequence[Attention], apart: bool, rates: Rates, nodes: Nodes | None = None
 ) -> tuple[str, ...]:
-    """The strategy of ``shard_attention`` for each attention that is predicted to be fastest.
-
-    Other strategies than an all-gather have to gain something by it.
-    """
+    """The strategy of ``shard_attention`` for each attention that is predicted to be fastest, of equals the first."""
     if apart and needs.whole_on_ranks(layout):
         return ("local",) * len(attentions)
     best: dict[Attention, str] = {}
     for each in {*attentions}:
         found = predicted_seconds(layout, each, apart, rates, nodes)
-        fastest = min(found, key=found.__getitem__)
-        best[each] = fastest if found[fastest] < GAINS * found["allgather_kv"] else "allgather_kv"
+        best[each] = min(found, key=found.__getitem__)
     return tuple(best[each] for each in attentions)

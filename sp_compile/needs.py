@@ -7,6 +7,7 @@ of MagiAttention.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -14,9 +15,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from sp_compile.kernels.regions import BOX
 from sp_compile.layout import TokenLayout
 
 FEWEST = 2  # rows that code is generated for
+TOGETHER = math.isqrt(BOX)  # queries of short requests that are computed with one another
 
 
 class Reach(NamedTuple):
@@ -126,6 +129,28 @@ def seen_pairs(layout: TokenLayout, reach: Reach, apart: bool) -> tuple[int, ...
 
 
 @lru_cache(maxsize=64)
+def seen_parts(layout: TokenLayout, reach: Reach, apart: bool) -> tuple[float, ...]:
+    """Parts of the scores that each rank's queries are computed in: one for the keys of a request on each rank.
+
+    A part of fewer than :data:`TOGETHER` queries counts as a share of one, since its neighbours are computed with it.
+    """
+    edges = np.cumsum(layout.lengths)
+    found = []
+    for rank in range(layout.sp):
+        rows, runs = rows_of(layout, rank), _intervals(layout, rank, reach, apart)
+        own = np.searchsorted(edges, rows, side="right")
+        shares = np.minimum(1.0, np.bincount(own, minlength=len(edges)) / TOGETHER)
+        of_run = own[_run_begins(rows, own)]
+        parts = 0.0
+        for source in range(layout.sp):
+            keys = rows_of(layout, source)
+            some = np.searchsorted(keys, runs[:, 0]) < np.searchsorted(keys, runs[:, 1])
+            parts += float(shares[np.unique(of_run[some])].sum())
+        found.append(parts)
+    return tuple(found)
+
+
+@lru_cache(maxsize=64)
 def whole_on_ranks(layout: TokenLayout) -> bool:
     """Whether every request lies whole on one rank."""
     request = np.repeat(np.arange(len(layout.lengths)), layout.lengths)
@@ -157,9 +182,15 @@ def _intervals(layout: TokenLayout, rank: int, reach: Reach, apart: bool) -> np.
     """Rows that a rank's queries can see: int64 ``[runs, 2]`` of first and end, which may overlap."""
     rows, seen = rows_of(layout, rank), _seen(layout, rank, reach, apart)
     request = np.searchsorted(np.cumsum(layout.lengths), rows, side="right")
-    begins = np.flatnonzero((np.diff(rows, prepend=-2) != 1) | (np.diff(request, prepend=-1) != 0))
+    begins = _run_begins(rows, request)
     ends = np.append(begins[1:], len(rows))[: len(begins)] - 1
     return np.stack([seen[begins, 0], seen[ends, 1]], axis=1)
+
+
+def _run_begins(rows: np.ndarray, request: np.ndarray) -> np.ndarray:
+    """Places where a run of consecutive rows of one request begins."""
+    found: np.ndarray = np.flatnonzero((np.diff(rows, prepend=-2) != 1) | (np.diff(request, prepend=-1) != 0))
+    return found
 
 
 def _within(rows: np.ndarray, intervals: np.ndarray) -> np.ndarray:

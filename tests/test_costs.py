@@ -66,6 +66,14 @@ def test_nodes_are_spread_over_where_links_between_them_are_what_counts():
     assert seconds["hybrid"] < seconds["allgather_kv"]
 
 
+def test_heads_are_not_spread_where_each_part_of_the_scores_is_a_call():
+    """Every rank would compute the parts of all ranks' queries."""
+    many = token_layout([64] * 64, 4, "zigzag")
+    each = attention(LONG, heads=8, kv_heads=8)
+    assert chosen(many, each, rates=replace(RATES["cpu"], link=1e9, part=0.0)) == ["ulysses"]
+    assert chosen(many, each, rates=replace(RATES["cpu"], link=1e9)) != ["ulysses"]
+
+
 def test_rates_are_given_usual_or_measured():
     cpu = torch.device("cpu")
     assert rates_of(cpu) == RATES["cpu"]

@@ -8,7 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sp_compile.layout import SCHEMES, TokenLayout, token_layout
-from sp_compile.needs import Fetch, Reach, fetched_rows, received, ring_stages, rows_of, seen_pairs, whole_on_ranks
+from sp_compile.needs import (
+    TOGETHER,
+    Fetch,
+    Reach,
+    fetched_rows,
+    received,
+    ring_stages,
+    rows_of,
+    seen_pairs,
+    seen_parts,
+    whole_on_ranks,
+)
 
 LAYOUTS = st.builds(
     token_layout,
@@ -115,3 +126,34 @@ def test_pairs_are_those_that_queries_see(layout: TokenLayout, reach: Reach, apa
         if reach.ahead is not None:
             seen &= keys <= rows + reach.ahead
         assert found == seen.sum()
+
+
+@settings(max_examples=100, deadline=None)
+@given(LAYOUTS, REACHES, st.booleans())
+def test_parts_of_the_scores_are_counted_by_request_and_the_rank_of_the_keys(
+    layout: TokenLayout, reach: Reach, apart: bool
+):
+    request = np.repeat(np.arange(len(layout.lengths)), layout.lengths)
+    for rank, parts in enumerate(seen_parts(layout, reach, apart)):
+        wanted = 0.0
+        for queries in runs_of_requests(rows_of(layout, rank), request):
+            sources = {
+                source
+                for source in range(layout.sp)
+                for run in np.split(queries, np.flatnonzero(np.diff(queries) != 1) + 1)
+                if span(layout, run, reach, apart, request) & {*rows_of(layout, source).tolist()}
+            }
+            wanted += min(1.0, len(queries) / TOGETHER) * len(sources)
+        assert parts == pytest.approx(wanted)
+
+
+def runs_of_requests(rows: np.ndarray, request: np.ndarray) -> list[np.ndarray]:
+    return [rows[request[rows] == each] for each in np.unique(request[rows])]
+
+
+def span(layout: TokenLayout, run: np.ndarray, reach: Reach, apart: bool, request: np.ndarray) -> set[int]:
+    """Rows between the first and the last that a run of queries sees."""
+    first = 0 if reach.back is None else run[0] - reach.back + 1
+    end = layout.tokens if reach.ahead is None else run[-1] + reach.ahead + 1
+    own = np.flatnonzero(request == request[run[0]]) if apart else np.arange(layout.tokens)
+    return {*range(max(first, int(own[0])), min(end, int(own[-1]) + 1))}
