@@ -3,6 +3,7 @@
 if __name__ != "sp_compile.passes":
     raise ImportError("import sp_compile.passes: the folder 'passes' is installed under that name")
 
+from sp_compile.passes.draw_by_position import DrawByPosition
 from sp_compile.passes.isolate_requests import IsolateRequests
 from sp_compile.passes.localize_shapes import LocalizeShapes
 from sp_compile.passes.lower_attention import LowerAttention
@@ -10,6 +11,7 @@ from sp_compile.passes.lower_redistributes import LowerRedistributes
 from sp_compile.passes.minimize_communication import MinimizeCommunication
 from sp_compile.passes.normalize import Normalize
 from sp_compile.passes.overlap_communication import OverlapCommunication
+from sp_compile.passes.place_gradients import PlaceGradients
 from sp_compile.passes.plan_attention import PlanAttention
 from sp_compile.passes.propagate_placements import PropagatePlacements
 from sp_compile.passes.raise_attention import RaiseAttention
@@ -17,9 +19,12 @@ from sp_compile.passes.restore_outputs import RestoreOutputs
 from sp_compile.passes.shard_attention import ShardAttention
 from sp_compile.passes.shard_cache import ShardCache
 from sp_compile.passes.shard_tokens import ShardTokens
+from sp_compile.passes.split_losses import SplitLosses
 
 DEFAULT = (
     Normalize,
+    SplitLosses,
+    DrawByPosition,
     RaiseAttention,
     IsolateRequests,
     ShardTokens,
@@ -33,4 +38,5 @@ DEFAULT = (
     LocalizeShapes,
     LowerAttention,
     OverlapCommunication,
+    PlaceGradients,
 )

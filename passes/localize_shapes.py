@@ -108,7 +108,8 @@ class _Shapes:
         inputs = [self._fake(node) for node in graph.find_nodes(op="placeholder")]
         self.program.local_inputs = inputs
         interpreter = _Recorder(self.program.gm)
-        with self.mode, enable_python_dispatcher(), self.shape_env.ignore_fresh_unbacked_symbols():
+        unbacked = self.shape_env.ignore_fresh_unbacked_symbols()
+        with self.mode, enable_python_dispatcher(), unbacked, torch.no_grad():
             interpreter.run(*inputs)
 
     def symbol(self, name: str, hint: int) -> Any:
@@ -136,7 +137,8 @@ class _Shapes:
             with self.mode:
                 return torch.empty(sizes, dtype=value.dtype, device=value.device)
         with self.mode:
-            return torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
+            own = torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
+        return own.requires_grad_(self.program.differentiable and node.meta.get("requires_grad", False))
 
     def _size(self, size: Any) -> Any:
         if not isinstance(size, torch.SymInt):
@@ -159,7 +161,7 @@ class _Shapes:
         rows, sp = self._shard_length(), self.program.sp
         device = self._device()
         with self.mode:
-            if name in ("rank", "node_rank"):
+            if name in ("rank", "node_rank", "seed"):
                 return torch.empty((), dtype=torch.int64, device=device)
             if name in ("gathered_valid", "local_valid"):
                 return torch.empty(rows * (sp if name[0] == "g" else 1), dtype=torch.bool, device=device)

@@ -341,6 +341,22 @@ def _select_rows(build: _Builder, node: fx.Node) -> fx.Node:
     return build.call(aten.where.ScalarOther, mask, found, 0.0)
 
 
+def _sum_rows(build: _Builder, node: fx.Node) -> fx.Node:
+    """The sum over the rank's own rows, of which those that are no tokens count as 0."""
+    source, dims, keepdim = node.args
+    shard = placement(source)
+    if isinstance(shard, Shard):
+        valid = build.index("local_valid")
+        if (shard.outer, shard.inner) != (1, 1):
+            parts = build.call(aten.reshape.default, valid, [1, -1, 1])
+            parts = build.call(aten.expand.default, parts, [shard.outer, -1, shard.inner])
+            valid = build.call(aten.flatten.using_ints, parts)
+        trailing = len(shape_of(source)) - shard.dim - 1
+        mask = build.call(aten.reshape.default, valid, [-1] + [1] * trailing)
+        source = build.call(aten.where.ScalarOther, mask, source, 0)
+    return build.call(aten.sum.dim_IntList, source, dims, keepdim)
+
+
 def _exchange_partials(build: _Builder, node: fx.Node) -> list[fx.Node]:
     """Outputs and log-sum-exps travel together, with the rows in front; an exponent of fp32 is two numbers of bf16."""
     out, lse = node.args
@@ -374,6 +390,7 @@ _LOWERINGS: dict[Any, Callable[[_Builder, fx.Node], fx.Node | list[fx.Node]]] = 
     ops.redistribute: _redistribute,
     ops.spread_heads: _spread_heads,
     ops.select_rows: _select_rows,
+    ops.sum_rows: _sum_rows,
     ops.exchange_partials: _exchange_partials,
     ops.row_numbers: _row_numbers,
 }

@@ -66,7 +66,7 @@ class Normalize(Pass):
             elif node.target is aten.index_put.default:
                 _inverse_permutation(graph, node)
         for node in list(graph.nodes):
-            same = _same_value(node)
+            same = _same_value(node, program.differentiable)
             if same is not None:
                 node.replace_all_uses_with(same)
                 graph.erase_node(node)
@@ -92,26 +92,28 @@ _SYNONYMS = {
     if overload in getattr(aten, meaning).overloads()
 }
 _FILLS = {aten.zeros_like.default: 0, aten.ones_like.default: 1, aten.full_like.default: None}
-_COPIES = (aten.clone.default, aten.alias.default, aten.detach.default, aten.contiguous.default,
+_COPIES = (aten.clone.default, aten.alias.default, aten.contiguous.default,
            aten.lift_fresh_copy.default)  # fmt: skip
 _CASTS = (aten.type_as.default, aten._to_copy.default, aten.to.dtype, aten.cat.default)
 _SHAPES = (aten.reshape.default, aten.expand.default, aten.repeat.default)
 
 
-def _same_value(node: fx.Node) -> fx.Node | None:
-    """The input that the node repeats, if it changes nothing."""
+def _same_value(node: fx.Node, differentiable: bool) -> fx.Node | None:
+    """The input that the node repeats, if it changes nothing; of gradients, that they end, where they are wanted."""
     if node.op != "call_function" or not node.args or not is_tensor(node):
         return None
     parts: Any = node.args[0]
     source = parts[0] if node.target is aten.cat.default and len(parts) == 1 else parts
-    return source if is_tensor(source) and _changes_nothing(node, source) else None
+    return source if is_tensor(source) and _changes_nothing(node, source, differentiable) else None
 
 
-def _changes_nothing(node: fx.Node, source: fx.Node) -> bool:
+def _changes_nothing(node: fx.Node, source: fx.Node, differentiable: bool) -> bool:
     before, after = source.meta["val"], node.meta["val"]
     same_type = before.dtype == after.dtype and before.device == after.device
     if node.target in _COPIES:
         return True
+    if node.target is aten.detach.default:
+        return not differentiable
     if node.target in _SHAPES or node.target is aten.slice.Tensor:
         return shape_of(node) == shape_of(source) and _is_whole(node)
     if node.target is aten.dropout.default:

@@ -98,6 +98,7 @@ def _need(program: Program, node: fx.Node) -> Need:
         mask_per_head=any(map(_per_head, args.operands)) or any(shape_of(each)[0] != 1 for each in args.tables),
         changes_scores=assigns(args.rule, "score") or assigns(args.rule, "bias"),
         compiled=program.compiled,
+        differentiable=program.differentiable,
         mixed_dtypes=v.dtype != q.dtype,
     )
 

@@ -15,6 +15,7 @@ from torch.fx import traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from sp_compile.dynamo.flex import without_flex
+from sp_compile.dynamo.regions import without_checkpoints, without_grad_modes
 from sp_compile.dynamo.vmap import without_vmap
 from sp_compile.errors import CaptureError
 from sp_compile.program import Fallback, Program
@@ -45,6 +46,7 @@ class Captured:
     def __init__(self, gm: fx.GraphModule) -> None:
         self._gm = gm
         self._traced: fx.GraphModule | None = None
+        self._records = torch.is_grad_enabled()
         for node in gm.graph.find_nodes(op="placeholder"):
             _source(node)
 
@@ -59,6 +61,9 @@ class Captured:
         own = fx.GraphModule(self._traced, copy.deepcopy(self._traced.graph))
         token_inputs, tokens = _find_tokens(own)
         program = Program(own, tokens, sp, group_name, token_inputs, outputs)
+        program.differentiable = self._records and any(
+            each.meta.get("requires_grad") for each in own.graph.find_nodes(op="placeholder")
+        )
         if tokens is None and sp > 1 and not _has_one_token(own):
             reason = "the model fixes the token length, so every rank computes all tokens"
             program.fallbacks.append(Fallback("the whole graph", 1, 0, "", reason))
@@ -75,6 +80,7 @@ def _traced(gm: fx.GraphModule) -> fx.GraphModule:
     inputs = traced.graph.find_nodes(op="placeholder")
     for node, name, value, weight in zip(inputs, names, values, is_weight, strict=True):
         node.meta["weight"] = weight
+        node.meta["requires_grad"] = isinstance(value, torch.Tensor) and value.requires_grad
         if not isinstance(value, torch.Tensor):
             name = "tokens" if isinstance(value, torch.SymInt) else name
         node._rename(name)
@@ -93,13 +99,13 @@ def _source(node: fx.Node) -> str:
 
 
 def _retrace(gm: fx.GraphModule, values: Sequence[Any]) -> fx.GraphModule:
-    flat = without_vmap(without_flex(gm))
+    flat = without_vmap(without_flex(without_grad_modes(without_checkpoints(gm))))
 
     def run(*inputs: Any) -> Any:
         return fx.Interpreter(flat).run(*inputs)
 
     functional = dispatch_functionalize(run, mode=FunctionalTensorMode(pre_dispatch=True, export=True))
-    with traceback.preserve_node_meta():
+    with traceback.preserve_node_meta(), torch.no_grad():
         try:
             traced = make_fx(functional, pre_dispatch=True, tracing_mode="fake")(*values)
         except RuntimeError:

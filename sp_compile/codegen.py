@@ -10,6 +10,7 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor
 
 from sp_compile.compat import compile_graph
+from sp_compile.gradients import with_derivatives
 from sp_compile.program import Program
 
 Variant = tuple[list[Any], dict[str, sympy.Symbol], Callable[..., Any]]  # guards, symbols, code
@@ -49,10 +50,11 @@ class LocalProgram:
         self.compiles += 1
         assert program.local_inputs is not None
         symbols = {name: size.node.expr for name, size in program.symbols.items()}
+        gm = with_derivatives(program.gm) if program.differentiable else program.gm
         if self._codegen == "eager":
-            return [], symbols, program.gm
+            return [], symbols, gm
         mode = next(each.fake_mode for each in program.local_inputs if isinstance(each, FakeTensor))
-        run = compile_graph(program.gm, program.local_inputs, tracing(TracingContext(mode)))
+        run = compile_graph(gm, program.local_inputs, tracing(TracingContext(mode)), program.differentiable)
         return _guards(mode.shape_env), symbols, run
 
 

@@ -13,14 +13,14 @@ from torch import fx
 
 
 def compile_graph(
-    gm: fx.GraphModule, inputs: Sequence[Any], tracing: AbstractContextManager[Any]
+    gm: fx.GraphModule, inputs: Sequence[Any], tracing: AbstractContextManager[Any], differentiable: bool = False
 ) -> Callable[..., Any]:
     """Compile a graph with Inductor for fake inputs, outside of Dynamo; ops stay in the order of the graph."""
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
 
     in_order = config.patch(reorder_for_locality=False, reorder_for_peak_memory=False)
-    with tracing, in_order, torch.no_grad():
+    with tracing, in_order, torch.set_grad_enabled(differentiable):
         return cast(Callable[..., Any], compile_fx(gm, list(inputs)))
 
 

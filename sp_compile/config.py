@@ -19,6 +19,7 @@ from sp_compile.layout import SCHEMES
 CHOICES = {
     "scheme": (*SCHEMES, "auto"),
     "outputs": ("full", "sharded"),
+    "gradients": ("training", "always"),
     "codegen": ("inductor", "eager"),
     "dtype": ("float32", "float64", "bfloat16", "float16"),
     "split": ("passages", "lines", "files"),
@@ -54,6 +55,8 @@ class CompileConfig(_Checked):
             predicted to be fastest for the batch (``zigzag`` for new tokens beside a cache).
         outputs: ``full``: whole, in normal order, on every rank; ``sharded``: left on the ranks.
         codegen: ``inductor`` generates code, ``eager`` runs the rewritten graph as it is.
+        gradients: when torch records what is computed: ``training``: in training mode; ``always``: in evaluation too,
+            unless under ``torch.no_grad``.
         strict: refuse ops that have no rule, instead of computing them on gathered inputs.
         attention: strategy for attention, see the pass ``shard_attention``: ``allgather_kv``, ``fetch``, ``window``,
             ``local``, ``ring``, ``ulysses``, ``hybrid``, or ``auto`` for what is predicted to be fastest for the batch.
@@ -73,6 +76,7 @@ class CompileConfig(_Checked):
     scheme: str = "zigzag"
     outputs: str = "full"
     codegen: str = "inductor"
+    gradients: str = "training"
     strict: bool = False
     attention: str = "allgather_kv"
     ranks_per_node: int | None = None

@@ -147,11 +147,11 @@ def of_inputs(named: Mapping[str, torch.Tensor], lengths: Sequence[int], options
     }
     others = {f"the argument {name}": repr(value) for name, value in sorted(options.items())}
     shown = str(list(lengths)) if len(lengths) <= 8 else f"{len(lengths)} requests {digest(str(list(lengths)))}"
-    contents = {f"the values of {name}": _content(each) for name, each in named.items()}
+    contents = {f"the values of {name}": content(each) for name, each in named.items()}
     return {**shapes, **others, "the requests": shown, **contents}
 
 
-def _content(tensor: torch.Tensor) -> str:
+def content(tensor: torch.Tensor) -> str:
     """A checksum that changes with any element; for floats, of their bits."""
     flat = tensor.detach().reshape(-1)
     if flat.is_floating_point():

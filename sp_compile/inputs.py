@@ -197,7 +197,7 @@ def mark_token_dims(value: Any, length: int, name: str = "") -> Any:
     """
     if not isinstance(value, torch.Tensor) or length == 0:
         return value
-    alias = value.detach().contiguous()
+    alias = (value if value.requires_grad and torch.is_grad_enabled() else value.detach()).contiguous()
     alias = alias.view(alias.shape)
     for dim in token_dims_of(value, length, name):
         torch._dynamo.mark_dynamic(alias, dim)

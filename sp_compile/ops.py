@@ -38,6 +38,11 @@ def select_rows(value: torch.Tensor, rows: torch.Tensor, dim: int) -> torch.Tens
     return value.index_select(dim, rows)
 
 
+def sum_rows(value: torch.Tensor, dims: Sequence[int], keepdim: bool) -> torch.Tensor:
+    """A sum over dims of which one is that of the tokens; each rank adds up its own."""
+    return value.sum(list(dims), keepdim)
+
+
 def row_numbers(start: int, count: int, length: int, device: torch.device) -> torch.Tensor:
     """Row numbers ``start .. start + count`` of ``length``, counted from the end when ``start`` is negative."""
     rows = torch.arange(count, device=device) + start
@@ -70,12 +75,14 @@ def merge_partials(
         As ``out`` and ``lse``; 0 and -inf for a query that sees nothing in any part.
     """
     lses = torch.cat([lse.unsqueeze(0), parts_lse])
-    largest = lses.amax(dim=0)
-    weights = torch.exp(lses - torch.where(largest == -torch.inf, 0.0, largest))
+    largest = lses.amax(dim=0).detach()  # the result does not depend on it
+    finite = torch.where(largest == -torch.inf, 0.0, largest)
+    weights = torch.exp(lses - finite)
     total = weights.sum(dim=0)
-    shares = (weights / torch.where(total == 0, 1.0, total)).unsqueeze(-1)
+    safe = torch.where(total == 0, 1.0, total)
+    shares = (weights / safe).unsqueeze(-1)
     merged = shares[0] * out + (shares[1:] * parts_out).sum(dim=0)
-    return merged.to(out.dtype), largest + torch.log(total)
+    return merged.to(out.dtype), torch.where(total == 0, -torch.inf, finite + torch.log(safe))
 
 
 def joined_keys(new: torch.Tensor, past: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -320,3 +327,55 @@ def _(*args: Any, **more: Any) -> tuple[torch.Tensor, torch.Tensor]:
     lse = q.new_empty(*q.shape[:3], dtype=accumulated(q.dtype))
     dtype = lse.dtype if AttentionArgs(*args, **more).partial else q.dtype
     return q.new_empty(*q.shape[:3], v.shape[-1], dtype=dtype), lse
+
+
+@torch.library.custom_op("sp_compile::attention_backward", mutates_args=())
+def attention_backward(
+    grad: torch.Tensor | None,
+    grad_lse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    operands: Sequence[torch.Tensor],
+    tables: Sequence[torch.Tensor],
+    rule: str,
+    scale: float,
+    empty_mean: bool,
+    plan: torch.Tensor | None,
+    valid: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k and v of an :func:`attention`, from those of what it returned."""
+    grad = torch.zeros_like(out) if grad is None else grad
+    saved = kernels.Saved(q, k, v, out, lse, grad, grad_lse)
+    dq, dk, dv = kernels.gradients(saved, operands, tables, rule, scale, plan, valid)
+    if empty_mean:
+        dv = dv + kernels.gradient_of_means(grad, lse == -torch.inf, v, valid)
+    return dq, dk, dv
+
+
+@attention_backward.register_fake
+def _(grad: Any, grad_lse: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) -> Any:
+    return tuple(torch.empty_like(each, memory_format=torch.contiguous_format) for each in (q, k, v))
+
+
+def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    args = AttentionArgs(*inputs)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(args.q, args.k, args.v, args.plan, args.valid, *output, *args.operands, *args.tables)
+    ctx.operands, ctx.tables, ctx.rule = len(args.operands), len(args.tables), args.rule
+    ctx.scale, ctx.empty_mean = args.scale, args.empty_mean
+
+
+def _attention_gradient(ctx: Any, grad: torch.Tensor | None, grad_lse: torch.Tensor | None) -> Any:
+    q, k, v, plan, valid, out, lse, *vectors = ctx.saved_tensors
+    operands, tables = vectors[: ctx.operands], vectors[ctx.operands :]
+    found = attention_backward(
+        grad, grad_lse, q, k, v, operands, tables, ctx.rule, ctx.scale, ctx.empty_mean, plan, valid, out, lse
+    )
+    others = len(ctx.needs_input_grad) - 5  # defaults at the end are left out
+    return *found, [None] * len(operands), [None] * len(tables), *[None] * others
+
+
+attention.register_autograd(_attention_gradient, setup_context=_save_attention)

@@ -19,7 +19,7 @@ from sp_compile.symbols import computed, is_float, is_tensor, length_input, tens
 
 LETTERS = {"tokens": "T", "shard_length": "n"}
 INDEX_INPUTS = ("local_index", "local_valid", "gathered_index", "gathered_valid", "restore_index", "rank",
-                "request_index", "request_start", "new_rows", "kept_rows", "node_index", "node_rank")  # fmt: skip
+                "request_index", "request_start", "new_rows", "kept_rows", "node_index", "node_rank", "seed")  # fmt: skip
 # the tensors of a cache, what is where on a shelf, and which queries and keys go to each other; what a reach fetches
 NUMBERED = re.compile(
     r"(held|held_index|held_valid|held_runs|picked_queries|picked_past|queries_index|merged_rows"
@@ -67,6 +67,7 @@ class Program:
         fetches: what ranks fetch, for each kind of attention that does.
         isolation: what was done to keep their requests apart.
         compiled: whether code is generated for the graph, or it runs as it is.
+        differentiable: whether torch records gradients of its inputs.
         fallbacks: what was computed on gathered inputs.
         local_inputs: fake inputs of the local graph, once shapes are local.
         symbols: sizes of the local graph by name: ``tokens``, ``shard_length``.
@@ -92,6 +93,7 @@ class Program:
     fetches: list[Fetch] = field(default_factory=list)
     isolation: str = ""
     compiled: bool = True
+    differentiable: bool = False
     fallbacks: list[Fallback] = field(default_factory=list)
     local_inputs: list[Any] | None = None
     symbols: dict[str, torch.SymInt] = field(default_factory=dict)

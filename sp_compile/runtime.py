@@ -47,6 +47,7 @@ from sp_compile.passes.shard_attention import ShardAttention
 from sp_compile.pipeline import Pass, PassStep, build_pipeline, run_pipeline
 from sp_compile.program import Program
 from sp_compile.report import Report
+from sp_compile.training import check_labels, check_weights, fresh_seed, without_new_cache
 
 ISOLATE = "isolate_requests"
 HIDDEN_SIZE = 4096  # where the model does not tell
@@ -89,6 +90,7 @@ class ParallelModule(nn.Module):
         self._step: Step | None = None
         self._explained: Mapping[str, Any] | None = None
         self._kept = Kept()
+        self._differentiates = self._weights_checked = False
         self.training = module.training
         self._traced = Traced(module, self._backend)
         self.__dict__["forward"] = _with_signature_of(module.forward, self.forward)
@@ -115,12 +117,17 @@ class ParallelModule(nn.Module):
             RankMismatchError: ranks disagree on configuration, inputs or graph.
             RankFailedError: another rank raised or died.
         """
-        self._refuse_training()
         named = dict(zip(self._signature.parameters, args, strict=False)) | kwargs
         if named.get("past_key_values") is not None:
             return self.forward_with_cache((), named)
         kwargs = self.options(kwargs, args)
+        self._differentiates = torch.is_grad_enabled() and (self.training or self.compile_config.gradients == "always")
         with fingerprint.naming_failed_ranks(self.group):
+            if self._differentiates:
+                kwargs = without_new_cache(self.module, kwargs)
+                if not self._weights_checked:
+                    check_weights(self.module, self.group)
+                    self._weights_checked = True
             named, self.layout = self._agree(args, kwargs)
             return self._apart(args, kwargs, self._prepare(named, self.layout))
 
@@ -132,7 +139,9 @@ class ParallelModule(nn.Module):
         """
         from sp_compile.cache import sharded
 
-        self._refuse_training()
+        if self.training:
+            raise UnsupportedModelError("a cache is for inference; call model.eval(), or train without past_key_values")
+        self._differentiates = False
         cache, kwargs = sharded(kwargs["past_key_values"]), self.options(kwargs, args)
         try:
             with fingerprint.naming_failed_ranks(self.group):
@@ -234,7 +243,8 @@ class ParallelModule(nn.Module):
         program.counted, program.strategies = kind.counted, kind.strategies
         program.hints = hints or {}
         program.compiled = self.compile_config.codegen == "inductor"
-        steps = run_pipeline(program, self.pipeline, self.compile_config.verify_passes, trace)
+        with torch.no_grad():
+            steps = run_pipeline(program, self.pipeline, self.compile_config.verify_passes, trace)
         return program, steps
 
     def measure_rates(self) -> None:
@@ -277,6 +287,7 @@ class ParallelModule(nn.Module):
     def _lay_out(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], TokenLayout]:
         named = named_tensors(self.module, self._signature, args, kwargs)
         check_inputs(named, self._device(named))
+        check_labels(named, token_input(named)[1])
         lengths = request_lengths_of(named)
         return named, token_layout(lengths, self.group.size, self._scheme(lengths), min_shard_length=2)
 
@@ -289,16 +300,14 @@ class ParallelModule(nn.Module):
         hidden = getattr(getattr(self.module, "config", None), "hidden_size", HIDDEN_SIZE)
         return choose_scheme(lengths, self.group.size, PAIRS_PER_FEATURE * hidden)
 
-    def _refuse_training(self) -> None:
-        if self.training:
-            raise UnsupportedModelError("training through sp_compile is not supported yet; call model.eval()")
-
     def _device(self, named: Mapping[str, torch.Tensor]) -> torch.device:
         return _device(self.module, token_input(named)[1])
 
     def _prepare(self, named: Mapping[str, torch.Tensor], layout: TokenLayout) -> Step:
         tokens = token_input(named)[1]
         inputs = _index_inputs(layout, self.group, tokens.device)
+        if self._differentiates:
+            inputs = {**inputs, "seed": fresh_seed(self.group, tokens.device)}
         step = Step(layout, inputs, self._promised(named, layout), outputs=self.compile_config.outputs)
         strategies = [each for each in self.pipeline if isinstance(each, ShardAttention)]
         counted = any(each.reads_reach for each in strategies) and step.apart and positions_count(named)
@@ -337,7 +346,7 @@ class ParallelModule(nn.Module):
             device = self._device(tensors)
             kwargs = {**kwargs, **{name: each.to(device) for name, each in tensors.items()}}
         try:
-            return self._traced(args, kwargs, sum(step.lengths))
+            return self._traced(args, kwargs, sum(step.lengths), self._differentiates)
         finally:
             self._step = None
 

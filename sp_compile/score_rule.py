@@ -137,6 +137,65 @@ def evaluate(
     return {name: values[name] for name in outputs if assigns(rule, name)}
 
 
+def score_and_derivative(
+    rule: str, operands: Sequence[torch.Tensor], score: torch.Tensor, tables: Sequence[torch.Tensor] = ()
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the rule makes of the scores, and its derivative by them, element by element.
+
+    Raises:
+        ValueError: the rule uses a function of the scores whose derivative is not known.
+    """
+    values: dict[Any, Any] = {f"x{i}": operand for i, operand in enumerate(operands)}
+    values |= {f"table{i}": table for i, table in enumerate(tables)}
+    values["score"] = score
+    slopes: dict[Any, torch.Tensor] = {"score": torch.ones_like(score)}
+    for each in needed(rule, ("score",)):
+        inputs = [values[item] if isinstance(item, str) else item for item in each.arguments]
+        values[each.name] = call(each.function, inputs, score.device)
+        changing = [i for i, item in enumerate(each.arguments) if item in slopes]
+        if changing and each.function in _STEPS:
+            changing = []
+        parts = [slopes[each.arguments[i]] * _slope(each, i, inputs, values[each.name]) for i in changing]
+        slopes.pop(each.name, None)
+        if parts:
+            slopes[each.name] = sum(parts[1:], parts[0])
+    return values["score"], slopes.get("score", torch.zeros_like(score))
+
+
+def _slope(assignment: Assignment, i: int, inputs: Sequence[Any], value: torch.Tensor) -> Any:
+    """The derivative of a function by its i-th argument."""
+    known = _SLOPES.get(assignment.function)
+    if known is None:
+        raise ValueError(f"no derivative of {assignment.function!r} in a score rule is known")
+    return known(i, value, *inputs)
+
+
+_STEPS = ("floor_divide", "floor", "ceil", "round", "sign", "le", "lt", "ge", "gt", "eq", "ne", "and", "or", "xor",
+          "not", "bool", "int")  # fmt: skip
+_SLOPES: dict[str, Callable[..., Any]] = {  # by the place of the argument, the value and the arguments
+    "copy": lambda i, y, a: 1.0,
+    "float": lambda i, y, a: 1.0,
+    "add": lambda i, y, a, b: 1.0,
+    "sub": lambda i, y, a, b: -1.0 if i else 1.0,
+    "mul": lambda i, y, a, b: a if i else b,
+    "div": lambda i, y, a, b: -y / b if i else 1.0 / b,
+    "neg": lambda i, y, a: -1.0,
+    "abs": lambda i, y, a: torch.sign(a),
+    "pow": lambda i, y, a, b: y * torch.log(a) if i else b * a ** (b - 1),
+    "exp": lambda i, y, a: y,
+    "exp2": lambda i, y, a: y * math.log(2),
+    "log": lambda i, y, a: 1.0 / a,
+    "log2": lambda i, y, a: 1.0 / (a * math.log(2)),
+    "log1p": lambda i, y, a: 1.0 / (1.0 + a),
+    "sqrt": lambda i, y, a: 0.5 / y,
+    "tanh": lambda i, y, a: 1.0 - y * y,
+    "sigmoid": lambda i, y, a: y * (1.0 - y),
+    "maximum": lambda i, y, a, b: (y == (a, b)[i]).to(y.dtype),
+    "minimum": lambda i, y, a, b: (y == (a, b)[i]).to(y.dtype),
+    "where": lambda i, y, c, a, b: (c if i == 1 else ~c).to(y.dtype),
+}
+
+
 @lru_cache(maxsize=256)
 def needed(rule: str, outputs: tuple[str, ...]) -> tuple[Assignment, ...]:
     """The assignments of a rule that its outputs rest on, in order, each to a name of its own."""

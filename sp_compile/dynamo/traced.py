@@ -36,8 +36,8 @@ class Traced:
         self._run = torch.compile(module, backend=backend, fullgraph=True)
         self._static: set[Any] = set()  # how calls look whose length is fixed
 
-    def __call__(self, args: Sequence[Any], kwargs: Mapping[str, Any], length: int) -> Any:
-        """The model's outputs for inputs of so many tokens.
+    def __call__(self, args: Sequence[Any], kwargs: Mapping[str, Any], length: int, gradients: bool) -> Any:
+        """The model's outputs for inputs of so many tokens; with ``gradients``, torch records what is computed.
 
         Raises:
             CaptureError: the model does not capture into one graph.
@@ -45,20 +45,20 @@ class Traced:
         key = (tuple(sorted(kwargs)), len(args))
         dynamic = length > 1 and key not in self._static
         try:
-            return self._call(args, kwargs, length if dynamic else 0)
+            return self._call(args, kwargs, length if dynamic else 0, gradients)
         except torch._dynamo.exc.UserError as error:
             raise CaptureError(graph_break(self._module, error)) from error
         except Exception as error:
             if dynamic and is_specialised(error):
                 self._static.add(key)
-                return self._call(args, kwargs, 0)
+                return self._call(args, kwargs, 0, gradients)
             raise
 
-    def _call(self, args: Sequence[Any], kwargs: Mapping[str, Any], length: int) -> Any:
+    def _call(self, args: Sequence[Any], kwargs: Mapping[str, Any], length: int, gradients: bool) -> Any:
         args = [mark_token_dims(value, length) for value in args]
         kwargs = {name: mark_token_dims(value, length, name) for name, value in kwargs.items()}
         try:
-            with torch.no_grad(), torch._dynamo.config.patch(DYNAMO):
+            with torch.set_grad_enabled(gradients), torch._dynamo.config.patch(DYNAMO):
                 return self._run(*args, **kwargs)
         except torch._dynamo.exc.BackendCompilerFailed as error:
             if isinstance(error.inner_exception, SPCompileError):

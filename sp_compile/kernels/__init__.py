@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from sp_compile.kernels import dense, tiles
+from sp_compile.kernels.backward import Gradients, Saved, attend_backward
 from sp_compile.kernels.dense import Partial
 from sp_compile.kernels.plan import plan_regions
 from sp_compile.kernels.regions import as_regions
@@ -37,6 +38,22 @@ def attend(
     return tiles.attend(q, k, v, operands, tables, rule, scale, regions, valid)
 
 
+def gradients(
+    saved: Saved,
+    operands: Sequence[torch.Tensor],
+    tables: Sequence[torch.Tensor],
+    rule: str,
+    scale: float,
+    plan: torch.Tensor | None,
+    valid: torch.Tensor | None,
+) -> Gradients:
+    """Gradients of an attention's q, k and v, whatever kernel ran it."""
+    q, k = saved.q, saved.k
+    regions = plan_regions(operands, tables, rule, valid, q.shape[2], k.shape[2]) if plan is None else as_regions(plan)
+    dq, dk, dv = attend_backward(saved, operands, tables, rule, scale, regions, valid)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(saved.v.dtype)
+
+
 def with_means(
     out: torch.Tensor, blind: torch.Tensor, v_BGKE: torch.Tensor, valid: torch.Tensor | None
 ) -> torch.Tensor:
@@ -48,3 +65,14 @@ def with_means(
     mean = held.to(out.dtype).mean(dim=2, keepdim=True)
     mean = mean.repeat_interleave(out.shape[1] // mean.shape[1], dim=1)
     return torch.where(blind.unsqueeze(-1), mean, out)
+
+
+def gradient_of_means(
+    grad: torch.Tensor, blind: torch.Tensor, v_BGKE: torch.Tensor, valid: torch.Tensor | None
+) -> torch.Tensor:
+    """The gradient of the values by :func:`with_means`."""
+    of_rows = torch.where(blind.unsqueeze(-1), grad, 0.0).sum(dim=2, keepdim=True)
+    of_heads = of_rows.unflatten(1, (v_BGKE.shape[1], -1)).sum(dim=2)
+    held = torch.ones(v_BGKE.shape[2], dtype=torch.bool, device=grad.device) if valid is None else valid
+    shares = held.to(grad.dtype) / held.sum()
+    return (of_heads * shares[:, None]).to(v_BGKE.dtype)

@@ -31,6 +31,7 @@ class Need:
         changes_scores: the rule changes scores or adds a bias.
         compiled: code is generated for the graph.
         mixed_dtypes: keys and values are not of the queries' dtype.
+        differentiable: gradients are wanted.
     """
 
     device: str
@@ -43,6 +44,7 @@ class Need:
     changes_scores: bool = False
     compiled: bool = True
     mixed_dtypes: bool = False
+    differentiable: bool = False
 
 
 def _serves_all(need: Need) -> str | None:
@@ -55,6 +57,8 @@ def _flex(need: Need) -> str | None:
         return f"it does not run on {need.device}"
     if need.dtype not in FLEX_DTYPES:
         return f"it does not take {need.dtype}"
+    if need.differentiable:
+        return "it is not used where gradients are wanted"
     if need.mixed_dtypes:
         return "it takes queries, keys and values of one dtype"
     if need.empty_mean and need.mask_per_head:

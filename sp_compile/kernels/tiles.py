@@ -156,7 +156,7 @@ class _Call:
     def held(self, region: Region) -> Iterator[Placed]:
         """A region whose mask, bias or changed scores are held, a block at a time."""
         by_products = _by_products(self.rule, self.q)
-        for block in _blocks(region):
+        for block in blocks(region):
             rows, keys = slice(block.q_start, block.q_end), slice(block.k_start, block.k_end)
             cut = between(self.operands, (rows.start, rows.stop), (keys.start, keys.stop))
             values = evaluate(self.rule, cut, ("mask", "bias"), tables=self.tables)
@@ -178,7 +178,7 @@ def _windows(part: torch.Tensor, size: int, step: int, count: int) -> torch.Tens
     return part.as_strided((count, part.shape[0], size, part.shape[2]), (step * rows, heads, rows, dim))
 
 
-def _blocks(region: Region) -> Iterator[Region]:
+def blocks(region: Region) -> Iterator[Region]:
     """Blocks of bounded size that cover the visible elements of a region."""
     for start in range(region.q_start, region.q_end, HELD_QUERIES):
         end = min(start + HELD_QUERIES, region.q_end)

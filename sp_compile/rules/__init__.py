@@ -65,6 +65,8 @@ RULES: dict[str, Rule] = _table(
         "aten::all aten::argmax aten::argmin aten::var aten::std aten::logsumexp aten::softmax aten::_softmax "
         "aten::log_softmax aten::_log_softmax aten::topk aten::cumprod aten::flip aten::roll "
         "aten::linalg_vector_norm aten::norm aten::median aten::kthvalue aten::glu",
+        reductions.sum_rows: "sum_rows",
+        reductions.row_losses: "aten::cross_entropy_loss",
         reductions.diff: "aten::diff",
         reductions.last_dims: "aten::layer_norm aten::native_layer_norm aten::rms_norm aten::_fused_rms_norm",
         # look-ups

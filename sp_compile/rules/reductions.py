@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from sp_compile.placements import Placement
+from sp_compile.placements import Partial, Placement
 from sp_compile.rules.base import Call, NoRule, Outcome, only_input, output_shape, rank_of, replicate_others
 
 
@@ -24,6 +24,28 @@ def along_dims(call: Call) -> Outcome:
     value = call.node.meta["val"]
     needs: dict[fx.Node, Placement] = {**replicate_others(call, source)}
     return Outcome((output,) * len(value) if isinstance(value, (tuple, list)) else output, needs)
+
+
+def sum_rows(call: Call) -> Outcome:
+    """:func:`sp_compile.ops.sum_rows`: each rank has the sum of its own rows."""
+    source, dims, _ = call.node.args
+    placement = only_input(call, source)
+    if placement.order:
+        raise NoRule("sums over rows in an order of the rank's own")
+    if placement.dim not in [dim % rank_of(source) for dim in dims]:
+        raise NoRule("sums over other dims than the tokens")
+    return Outcome(Partial("sum"))
+
+
+def row_losses(call: Call) -> Outcome:
+    """A cross-entropy that is not reduced, of logits ``[rows, classes]`` and one label a row."""
+    values = call.arguments()
+    logits, labels = values["self"], values["target"]
+    placement = only_input(call, logits)
+    if values["reduction"] or rank_of(logits) != 2 or rank_of(labels) != 1 or placement.dim:
+        raise NoRule("reduces over rows, or has more than one label a row")
+    needs: dict[fx.Node, Placement] = {**replicate_others(call, logits, labels), labels: placement.at(0)}
+    return Outcome(placement.at(0), needs)
 
 
 def diff(call: Call) -> Outcome:

@@ -1,0 +1,135 @@
+"""Say where gradients enter and leave the graph: shared among ranks at outputs, summed over ranks at weights.
+
+Requires: ``lowered``, ``local_shapes``.
+Establishes: nothing new.
+
+See :mod:`sp_compile.gradients`. Weights are summed in buckets, in the order in which the backward is done with them, so
+that sums travel while the rest of it computes.
+
+Before::
+
+    %linear = aten.linear(%x, %weight); %all = c10d.all_gather_into_tensor(%linear, 2, 'sp'); ...
+    return [%loss, %logits]
+
+After::
+
+    %weights = end_sums(%weight, ...); %bucket = begin_sum('sp', %weights[0], ...)
+    %linear = aten.linear(%x, %bucket[0]); %all = restored_rows(%linear, 2, 'sp', %rank); ...
+    %share = share_gradient(%loss, 2)
+    return [%share, %logits]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from operator import getitem
+
+import torch
+from torch import fx
+
+from sp_compile import gradients
+from sp_compile.collectives import is_wait
+from sp_compile.invariants import LOCAL, LOWERED
+from sp_compile.pipeline import Pass
+from sp_compile.placements import REPLICATE, Replicate
+from sp_compile.program import Program, add_call, placement
+from sp_compile.symbols import is_float, is_tensor
+
+aten = torch.ops.aten
+ALL_GATHER = torch.ops._c10d_functional.all_gather_into_tensor.default
+ORDERED = (aten.index_select.default, aten.movedim.int, aten.unflatten.int, aten.flatten.using_ints)
+
+
+@dataclass(frozen=True)
+class PlaceGradients(Pass):
+    """Shares of gradients at outputs, sums at weights.
+
+    Attributes:
+        bucket_bytes: gradients that are summed together, at most but for a single one.
+    """
+
+    name = "place_gradients"
+    requires = (LOWERED, LOCAL)
+
+    bucket_bytes: int = gradients.BUCKET
+
+    def run(self, program: Program) -> None:
+        """Rewrite in place."""
+        if program.differentiable and program.sp > 1:
+            self._outputs(program)
+            self._weights(program)
+
+    def _outputs(self, program: Program) -> None:
+        output = program.graph.output_node()
+        shared: dict[fx.Node, fx.Node] = {}
+        for node in output.all_input_nodes:
+            if not is_tensor(node) or not is_float(node) or not isinstance(placement(node), Replicate):
+                continue
+            gather = _only_gathered(node)
+            with program.graph.inserting_before(output if gather is None else gather):
+                if gather is None:
+                    args = (node, program.sp)
+                    shared[node] = add_call(program.graph, gradients.share_gradient, args, REPLICATE, node)
+                else:
+                    gather.target = gradients.restored_rows
+                    gather.args = (*gather.args, program.index_input("rank"))
+        output.args = fx.map_arg(output.args, lambda each: shared.get(each, each))
+
+    def _weights(self, program: Program) -> None:
+        graph = program.graph
+        placeholders = graph.find_nodes(op="placeholder")
+        weights = [each for each in placeholders if each.meta.get("requires_grad") and each.users]
+        if not weights:
+            return
+        place = {node: i for i, node in enumerate(graph.nodes)}
+        first = {each: min(each.users, key=place.__getitem__) for each in weights}
+        weights.sort(key=lambda each: place[first[each]])
+        start = placeholders[-1].next
+        with graph.inserting_before(start):
+            ended = _parts(graph, gradients.end_sums, (), weights)
+        for bucket in self._buckets(weights):
+            with graph.inserting_before(min((first[each] for each in bucket), key=place.__getitem__)):
+                found = _parts(graph, gradients.begin_sum, (program.group_name,), [ended[each] for each in bucket])
+            for each in bucket:
+                new = found[ended[each]]
+                each.replace_all_uses_with(new, delete_user_cb=lambda user: user.target is not gradients.end_sums)
+
+    def _buckets(self, weights: list[fx.Node]) -> Iterator[list[fx.Node]]:
+        """Weights of one dtype that are used one after the other."""
+        bucket: list[fx.Node] = []
+        held = 0
+        for each in weights:
+            value = each.meta["val"]
+            size = value.numel() * value.element_size()
+            if bucket and (held + size > self.bucket_bytes or value.dtype != bucket[0].meta["val"].dtype):
+                yield bucket
+                bucket, held = [], 0
+            bucket.append(each)
+            held += size
+        if bucket:
+            yield bucket
+
+
+def _parts(
+    graph: fx.Graph, target: object, before: tuple[object, ...], weights: list[fx.Node]
+) -> dict[fx.Node, fx.Node]:
+    """A call on all weights, and its results by weight."""
+    call = graph.call_function(target, (*before, *weights))  # type: ignore[arg-type]
+    call.meta.update(val=tuple(each.meta["val"] for each in weights), placement=(REPLICATE,) * len(weights))
+    found = {}
+    for i, each in enumerate(weights):
+        found[each] = graph.call_function(getitem, (call, i))
+        found[each].meta.update(val=each.meta["val"], placement=REPLICATE)
+    return found
+
+
+def _only_gathered(node: fx.Node) -> fx.Node | None:
+    """The all-gather that an output is, brought to normal order and read by nothing else."""
+    while node.target in ORDERED and len(node.users) == 1:
+        node = node.args[0]  # type: ignore[assignment]
+    if not is_wait(node) or len(node.users) != 1:
+        return None
+    gather = node.args[0]
+    assert isinstance(gather, fx.Node)
+    return gather if gather.target is ALL_GATHER and len(gather.users) == 1 else None

@@ -1,0 +1,75 @@
+"""The gradient of attention against autograd of its definition in double precision."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from sp_compile import ops
+from sp_compile.score_rule import evaluate
+
+CAUSAL = "mask = le(x1, x0)"
+RULES = {
+    "causal": CAUSAL,
+    "window": "t0 = le(x1, x0); t1 = sub(x0, x1); t2 = lt(t1, 7); mask = and(t0, t2)",
+    "packed": "t0 = le(x1, x0); t1 = eq(x3, x2); mask = and(t0, t1)",
+    "all": "bias = copy(0.0)",
+    "no band": "t0 = remainder(x1, 3); t1 = remainder(x0, 3); mask = eq(t0, t1)",
+    "alibi": "mask = le(x1, x0); t1 = sub(x1, x0); t2 = float(t1); bias = mul(t2, 0.25)",
+    "softcap": "mask = le(x1, x0); t1 = div(score, 0.5); t2 = tanh(t1); score = mul(t2, 0.5)",
+    "blind rows": "mask = lt(x1, x0)",
+}
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("lse_too", [False, True], ids=["output", "log-sum-exp too"])
+@pytest.mark.parametrize("empty_mean", [False, True], ids=["zero", "mean"])
+def test_gradients_are_those_of_the_definition(rule: str, lse_too: bool, empty_mean: bool):
+    generator = torch.Generator().manual_seed(0)
+    queries, keys = 150, 210
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    q, k, v = random(2, 6, queries, 16), random(2, 2, keys, 16), random(2, 2, keys, 24)
+    rows, columns = torch.arange(queries)[:, None], torch.arange(keys)[None, :]
+    operands = [rows, columns, rows // 40, columns // 40]
+    valid = torch.arange(keys) < 200
+    out, lse = ops.attention(q, k, v, operands, [], rule, 0.25, empty_mean, "tiles", None, valid)
+    wanted, wanted_lse, blind = definition(q, k, v, operands, rule, 0.25, valid)
+    if empty_mean:
+        mean = v[:, :, valid].mean(dim=2, keepdim=True).repeat_interleave(3, dim=1)
+        wanted = torch.where(blind.unsqueeze(-1), mean, wanted)
+    by_out, by_lse = torch.randn_like(out), torch.randn_like(lse)
+
+    def loss(out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+        total = (out * by_out).sum()
+        return total + (torch.where(blind, 0.0, lse) * by_lse).sum() if lse_too else total
+
+    found = torch.autograd.grad(loss(out, lse), (q, k, v))
+    for each, other in zip(found, torch.autograd.grad(loss(wanted, wanted_lse), (q, k, v)), strict=True):
+        torch.testing.assert_close(each, other, rtol=1e-10, atol=1e-12)
+
+
+def definition(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    operands: Sequence[torch.Tensor],
+    rule: str,
+    scale: float,
+    valid: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Output, log-sum-exp and which rows see nothing, out of ops that torch differentiates."""
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    score = q @ k.transpose(-1, -2) * scale
+    values = evaluate(rule, operands, ("mask", "bias", "score"), score)
+    score = values.get("score", score) + values.get("bias", 0.0)
+    mask = (values.get("mask", torch.tensor(True)) & valid).expand(score.shape)
+    blind = ~mask.any(dim=-1)
+    score = torch.where(mask, score, -1e300)
+    weights = torch.where(blind.unsqueeze(-1), 0.0, torch.softmax(score, dim=-1))
+    return weights @ v, torch.logsumexp(score, dim=-1), blind
