@@ -35,8 +35,8 @@ DEFAULT = (
     RestoreOutputs,
     MinimizeCommunication,
     LowerRedistributes,
+    PlaceGradients,
     LocalizeShapes,
     LowerAttention,
     OverlapCommunication,
-    PlaceGradients,
 )

@@ -50,6 +50,8 @@ class Normalize(Pass):
                 node.target = _SYNONYMS[node.target]
             elif node.target is aten.cat.default:
                 _drop_empty(node)
+            elif node.target is aten.copy.default:
+                _to_copied(node)
             elif node.target in _FILLS:
                 _to_full(program, node)
             elif node.target is aten.broadcast_to.default:
@@ -141,6 +143,14 @@ def _to_full(program: Program, node: fx.Node) -> None:
     fill: Any = node.args[1] if _FILLS[node.target] is None else _FILLS[node.target]
     node.target, node.args = aten.full.default, (shape, fill)
     node.kwargs = {"dtype": value.dtype, "device": value.device}
+
+
+def _to_copied(node: fx.Node) -> None:
+    """What is copied over a whole tensor does not depend on what was there."""
+    source, value = node.args[1], node.meta["val"]
+    assert isinstance(source, fx.Node)
+    if shape_of(source) == shape_of(node) and source.meta["val"].device == value.device:
+        node.target, node.args, node.kwargs = aten.to.dtype, (source, value.dtype), {}
 
 
 def _to_reshape(program: Program, node: fx.Node) -> None:

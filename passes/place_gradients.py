@@ -1,6 +1,6 @@
 """Say where gradients enter and leave the graph: shared among ranks at outputs, summed over ranks at weights.
 
-Requires: ``lowered``, ``local_shapes``.
+Requires: ``lowered``.
 Establishes: nothing new.
 
 See :mod:`sp_compile.gradients`. Weights are summed in buckets, in the order in which the backward is done with them, so
@@ -30,11 +30,11 @@ from torch import fx
 
 from sp_compile import gradients
 from sp_compile.collectives import is_wait
-from sp_compile.invariants import LOCAL, LOWERED
+from sp_compile.invariants import LOWERED
 from sp_compile.pipeline import Pass
 from sp_compile.placements import REPLICATE, Replicate
-from sp_compile.program import Program, add_call, placement
-from sp_compile.symbols import is_float, is_tensor
+from sp_compile.program import Program, placement
+from sp_compile.symbols import is_float
 
 aten = torch.ops.aten
 ALL_GATHER = torch.ops._c10d_functional.all_gather_into_tensor.default
@@ -50,7 +50,7 @@ class PlaceGradients(Pass):
     """
 
     name = "place_gradients"
-    requires = (LOWERED, LOCAL)
+    requires = (LOWERED,)
 
     bucket_bytes: int = gradients.BUCKET
 
@@ -64,16 +64,17 @@ class PlaceGradients(Pass):
         output = program.graph.output_node()
         shared: dict[fx.Node, fx.Node] = {}
         for node in output.all_input_nodes:
-            if not is_tensor(node) or not is_float(node) or not isinstance(placement(node), Replicate):
+            known = "val" in node.meta  # what was lowered is a tensor
+            if (known and not is_float(node)) or not isinstance(placement(node), Replicate):
                 continue
             gather = _only_gathered(node)
-            with program.graph.inserting_before(output if gather is None else gather):
-                if gather is None:
-                    args = (node, program.sp)
-                    shared[node] = add_call(program.graph, gradients.share_gradient, args, REPLICATE, node)
-                else:
-                    gather.target = gradients.restored_rows
-                    gather.args = (*gather.args, program.index_input("rank"))
+            if gather is not None:
+                gather.target = gradients.restored_rows
+                gather.args = (*gather.args, program.index_input("rank"))
+                continue
+            with program.graph.inserting_before(output):
+                shared[node] = program.graph.call_function(gradients.share_gradient, (node, program.sp))
+            shared[node].meta["placement"] = REPLICATE
         output.args = fx.map_arg(output.args, lambda each: shared.get(each, each))
 
     def _weights(self, program: Program) -> None:

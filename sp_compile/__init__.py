@@ -3,6 +3,7 @@
 import importlib
 from typing import Any
 
+from sp_compile import loss
 from sp_compile.api import Verification, explain, parallelize, verify
 from sp_compile.batch import PackedBatch, pack
 from sp_compile.errors import SPCompileError
@@ -34,6 +35,7 @@ __all__ = [
     "explain",
     "generate",
     "launch",
+    "loss",
     "pack",
     "parallelize",
     "token_layout",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from sp_compile import ops
+from sp_compile import gradients, ops
 
 aten = torch.ops.aten
 c10d = torch.ops._c10d_functional
@@ -16,6 +16,7 @@ c10d = torch.ops._c10d_functional
 EXCHANGE = ops.exchange_rows._opoverload
 STARTS = {
     c10d.all_gather_into_tensor.default: "all_gather",
+    gradients.restored_rows: "all_gather",
     c10d.all_to_all_single.default: "all_to_all",
     c10d.all_reduce.default: "all_reduce",
     EXCHANGE: "exchange",

@@ -223,6 +223,8 @@ def with_derivatives(gm: fx.GraphModule) -> fx.GraphModule:
     own: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(gm.graph, own))
     for node in graph.nodes:
+        if node.meta.get("stack_trace", "") is None:
+            del node.meta["stack_trace"]  # torch writes it into the backward as text
         if node.op == "call_function" and node.target in DERIVED:
             node.target = DERIVED[node.target]
     return fx.GraphModule(gm, graph)

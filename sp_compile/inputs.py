@@ -128,12 +128,12 @@ def forward_options(module: nn.Module, kwargs: Mapping[str, Any], args: Sequence
 
 
 def install_output_hooks(module: nn.Module, kwargs: Mapping[str, Any]) -> None:
-    """Let transformers install the hooks by which it records hidden states or attentions, where they are asked for.
+    """Let transformers install the hooks by which it records hidden states, attentions or routers, where they are asked for.
 
     It does so at the first forward that asks, under a lock that Dynamo cannot trace.
     """
     config = getattr(module, "config", None)
-    names = ("output_hidden_states", "output_attentions")
+    names = ("output_hidden_states", "output_attentions", "output_router_logits")
     if hasattr(config, "model_type") and any(kwargs.get(name, getattr(config, name, False)) for name in names):
         from transformers.utils.output_capturing import maybe_install_capturing_hooks
 

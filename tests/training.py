@@ -2,29 +2,129 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import sp_compile
+from tests.zoo.models import randomize
+
+SIZES = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+EXPERTS = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.1}
+LATENTS = {"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+           "v_head_dim": 16, "moe_intermediate_size": 32, "n_routed_experts": 8, "num_experts_per_tok": 2,
+           "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}  # fmt: skip
+MODELS: dict[str, dict[str, Any]] = {
+    "Llama": {},
+    "Qwen3Moe": {**EXPERTS, "output_router_logits": True, "head_dim": 16},
+    "Gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8},
+    "GPT2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "Mistral": {"sliding_window": 5},
+    "DeepseekV3": LATENTS,
+}
 
 
-def gradients_of(model: nn.Module, batch: dict[str, Any], dtype: torch.dtype = torch.float64) -> dict[str, Any]:
-    """The loss and every gradient of a step without ranks."""
-    model = model.to(dtype).train()
+def built(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> nn.Module:
+    """A causal language model of random weights, in training mode."""
+    import transformers
+
+    prefix = "GPT2" if name == "GPT2" else name
+    sizes = {} if name == "GPT2" else SIZES
+    config = getattr(transformers, f"{prefix}Config")(**{**sizes, "vocab_size": 128, **MODELS[name], **changes})
+    if dtype == torch.float64:
+        config._experts_implementation = "batched_mm"  # grouped products take no fp64
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    randomize(model)
+    return model.to(dtype).train()
+
+
+def batch_of(shape: Sequence[int] = (1, 13), ignored: slice = slice(0, 5), seed: int = 1) -> dict[str, torch.Tensor]:
+    """Tokens, and labels of which some are ignored."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 120, tuple(shape), generator=generator)
+    labels = ids.clone()
+    labels[:, ignored] = -100
+    return {"input_ids": ids, "labels": labels}
+
+
+def stepped(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The loss of a step, and every gradient by the name of its parameter."""
+    model.zero_grad()
     loss = model(**batch, use_cache=False).loss
     loss.backward()
-    return {"loss": loss.detach(), **{name: each.grad for name, each in model.named_parameters()}}
+    named = {name.removeprefix("module."): each.grad for name, each in model.named_parameters()}
+    return {"loss": loss.detach(), **{name: each for name, each in named.items() if each is not None}}
 
 
-def on_ranks(make: Callable[..., nn.Module], kwargs: dict[str, Any], batch: dict[str, Any], dtype: torch.dtype,
-             **config: Any) -> dict[str, Any]:  # fmt: skip
-    """The same through ``parallelize``, on this rank of the group."""
-    parallel = sp_compile.parallelize(make(**kwargs).to(dtype).train(), **config)
-    loss = parallel(**batch).loss
-    loss.backward()
-    report = parallel.report()
-    return {"loss": loss.detach(), "fallbacks": [str(each) for each in report.fallbacks],
-            **{name: each.grad for name, each in parallel.module.named_parameters()}}  # fmt: skip
+def on_ranks(
+    name: str, batches: Sequence[Mapping[str, Any]], dtype: torch.dtype, changes: Mapping[str, Any], **config: Any
+) -> list[dict[str, torch.Tensor]]:
+    """Steps on the ranks of this group."""
+    parallel = sp_compile.parallelize(built(name, dtype, **changes), **{"codegen": "eager", **config})
+    return [stepped(parallel, batch) for batch in batches]
+
+
+def apart(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> float:
+    """The largest difference of a value over the largest of its elements."""
+    assert found.keys() == expected.keys()
+    return max(
+        float((found[name] - each).abs().max() / each.abs().max().clamp(min=1e-12)) for name, each in expected.items()
+    )
+
+
+class Plain(nn.Module):
+    """A small decoder with grouped heads and a loss that casts nothing, so that fp64 is fp64 throughout."""
+
+    def __init__(self, width: int = 32, heads: int = 4, kv_heads: int = 2, depth: int = 2) -> None:
+        super().__init__()
+        self.heads, self.kv_heads = heads, kv_heads
+        self.embed, self.place = nn.Embedding(128, width), nn.Embedding(64, width)
+        size = width // heads
+        self.qkv = nn.ModuleList(nn.Linear(width, (heads + 2 * kv_heads) * size) for _ in range(depth))
+        self.out = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        self.norms = nn.ModuleList(nn.RMSNorm(width) for _ in range(depth))
+        self.head = nn.Linear(width, 128, bias=False)
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> Any:
+        places = torch.arange(input_ids.shape[1], device=input_ids.device)
+        x = self.embed(input_ids) + self.place(places)
+        batch, length, width = x.shape
+        size = width // self.heads
+        for qkv, out, norm in zip(self.qkv, self.out, self.norms, strict=True):
+            sizes = [each * size for each in (self.heads, self.kv_heads, self.kv_heads)]
+            q, k, v = (
+                each.view(batch, length, -1, size).transpose(1, 2) for each in qkv(norm(x)).split(sizes, dim=-1)
+            )
+            seen = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            x = x + out(seen.transpose(1, 2).reshape(batch, length, width))
+        logits = self.head(x)
+        shifted = F.pad(labels, (0, 1), value=-100)[:, 1:]
+        return F.cross_entropy(logits.view(-1, 128), shifted.reshape(-1)), logits
+
+
+def plain(dtype: torch.dtype = torch.float64) -> nn.Module:
+    """:class:`Plain` with random weights."""
+    torch.manual_seed(0)
+    model = Plain()
+    randomize(model)
+    return model.to(dtype).train()
+
+
+def plain_step(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """As :func:`stepped`, with a loss of its own on the logits besides."""
+    model.zero_grad()
+    loss, logits = model(**batch)
+    (loss + 0.1 * logits.square().mean()).backward()
+    named = {name.removeprefix("module."): each.grad for name, each in model.named_parameters()}
+    return {"loss": loss.detach(), "logits": logits.detach(), **named}
+
+
+def plain_on_ranks(batches: Sequence[Mapping[str, Any]], **config: Any) -> list[dict[str, torch.Tensor]]:
+    """Steps on the ranks of this group."""
+    parallel = sp_compile.parallelize(plain(), **{"codegen": "eager", **config})
+    return [plain_step(parallel, batch) for batch in batches]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -19,8 +20,13 @@ DYNAMO: dict[str, Any] = {
     "accumulated_recompile_limit": 65536,
     "automatic_dynamic_shapes": False,
     "assume_static_by_default": True,
-    "ignore_logging_functions": {warnings.warn},  # transformers warns while it makes block masks
 }
+
+
+def _ignored() -> set[Any]:
+    """Calls that a graph does without: transformers warns while it makes block masks, and of losses it does not know."""
+    methods = ("warning", "warning_once")  # the latter is of transformers
+    return {warnings.warn, *(getattr(logging.Logger, each) for each in methods if hasattr(logging.Logger, each))}
 
 
 class Traced:
@@ -58,7 +64,7 @@ class Traced:
         args = [mark_token_dims(value, length) for value in args]
         kwargs = {name: mark_token_dims(value, length, name) for name, value in kwargs.items()}
         try:
-            with torch.set_grad_enabled(gradients), torch._dynamo.config.patch(DYNAMO):
+            with torch.set_grad_enabled(gradients), torch._dynamo.config.patch(DYNAMO | {"ignore_logging_functions": _ignored()}):
                 return self._run(*args, **kwargs)
         except torch._dynamo.exc.BackendCompilerFailed as error:
             if isinstance(error.inner_exception, SPCompileError):

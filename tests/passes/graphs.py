@@ -14,9 +14,10 @@ import torch
 from torch import fx, nn
 
 from sp_compile import capture, mesh, ops
-from sp_compile.compiled import Kind
+from sp_compile.compiled import Kind, index_inputs
 from sp_compile.config import compile_config
 from sp_compile.errors import SPCompileError
+
 from sp_compile.layout import TokenLayout, token_layout
 from sp_compile.pipeline import registered_passes
 from sp_compile.placements import Gathered, Partial, QueriesByKeys, Replicate, Shard, describe
@@ -164,16 +165,9 @@ def outputs(program: Program, values: Mapping[fx.Node, Any]) -> Any:
 
 
 def _input(program: Program, node: fx.Node, inputs: Mapping[str, torch.Tensor], layout: TokenLayout, rank: int) -> Any:
-    index_inputs = {
-        "local_index": layout.local_index[rank],
-        "gathered_index": layout.local_index.reshape(-1),
-        "gathered_valid": layout.valid.reshape(-1),
-        "restore_index": layout.restore_index,
-        "rank": torch.tensor(rank),
-        **request_inputs(layout.lengths),
-    }
     if "index_input" in node.meta:
-        return index_inputs[node.meta["index_input"]]
+        found = {**index_inputs(layout, rank), **request_inputs(layout.lengths)}
+        return found[node.meta["index_input"]]
     if isinstance(node.meta["val"], torch.SymInt):
         return layout.tokens
     return {**program.weights, **inputs}[node.name]  # type: ignore[attr-defined]

@@ -1,0 +1,167 @@
+"""A step of training on ranks gives the loss and the gradients of the step without them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from sp_compile.errors import BatchError, RankMismatchError, UnsupportedModelError
+from tests.training import MODELS, apart, batch_of, built, on_ranks, plain, plain_on_ranks, plain_step, stepped
+
+EXACT = 1e-10  # relative, in fp64
+SEED = 7
+ROUNDED = 5e-6  # in fp64 where the model rounds to fp32 inside, as norms and losses of transformers do
+
+
+def check(
+    ranks: Any, sp: int, name: str, *batches: dict[str, Any], dtype: torch.dtype = torch.float64, gate: float = ROUNDED,
+    changes: dict[str, Any] | None = None, **config: Any,
+) -> None:  # fmt: skip
+    model = built(name, dtype, **(changes or {}))
+    expected = [stepped(model, batch) for batch in batches]
+    for steps in ranks(sp).run(on_ranks, name, batches, dtype, changes or {}, timeout=900, **config):
+        for found, wanted in zip(steps, expected, strict=True):
+            assert apart(found, wanted) <= gate
+
+
+@pytest.mark.parametrize(
+    ("sp", "name"),
+    [(2, name) for name in MODELS]
+    + [pytest.param(sp, name, marks=pytest.mark.slow) for sp in (3, 4) for name in MODELS],
+)
+def test_loss_and_gradients_are_those_of_one_rank(ranks, sp: int, name: str):
+    check(ranks, sp, name, batch_of())
+
+
+@pytest.mark.parametrize(
+    ("sp", "config"),
+    [
+        (2, {}),
+        (3, {"attention": "fetch"}),
+        (3, {"attention": "ring", "scheme": "contiguous"}),
+        (3, {"attention": "ulysses"}),
+        pytest.param(4, {"attention": "hybrid", "ranks_per_node": 2}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_every_strategy_is_exact(ranks, sp: int, config: dict[str, Any]):
+    """Labels that only one rank has, a boundary of labels where a shard ends, and rows of a batch."""
+    batches = [batch_of((1, 25), slice(0, 24)), batch_of((1, 24), slice(0, 8), 2), batch_of((2, 9), slice(0, 3), 3)]
+    expected = [plain_step(plain(), batch) for batch in batches]
+    for steps in ranks(sp).run(plain_on_ranks, batches, **config):
+        for found, wanted in zip(steps, expected, strict=True):
+            assert apart(found, wanted) <= EXACT
+
+
+def test_generated_code_for_new_lengths(ranks):
+    """Labels that only one rank has, a boundary of labels where a shard ends, and a batch with padding."""
+    one_rank, boundary = batch_of((1, 13), slice(0, 12)), batch_of((1, 16), slice(0, 8), seed=2)
+    check(ranks, 2, "Llama", one_rank, boundary, dtype=torch.float32, gate=1e-4, codegen="inductor",
+          scheme="contiguous")  # fmt: skip
+
+
+def dropped(sp_rows: int, chance: float, checkpoint: bool = False) -> list[torch.Tensor]:
+    """Loss and gradients of two steps of GPT-2 with dropout, from one seed."""
+    import sp_compile
+
+    torch.manual_seed(SEED)
+    parallel = sp_compile.parallelize(built("GPT2", resid_pdrop=chance, embd_pdrop=chance), codegen="eager")
+    if checkpoint:
+        parallel.module.gradient_checkpointing_enable()
+    torch.manual_seed(SEED)
+    steps = [stepped(parallel, batch_of((1, sp_rows))) for _ in range(2)]
+    return [torch.stack([each["loss"] for each in steps]), *(each["transformer.wte.weight"] for each in steps)]
+
+
+def test_dropout_draws_the_same_whatever_the_number_of_ranks(ranks):
+    by_two, by_three = (ranks(sp).run(dropped, 14, 0.2) for sp in (2, 3))
+    for found in (*by_two, *by_three):
+        for each, other in zip(found, by_two[0], strict=True):
+            torch.testing.assert_close(each, other, rtol=1e-4, atol=1e-6)
+    losses = by_two[0][0]
+    assert losses[0] != losses[1]  # every call draws anew
+
+
+def test_checkpointed_layers_draw_again_what_they_drew(ranks):
+    (plain_steps, _), (checkpointed, _) = (ranks(2).run(dropped, 14, 0.2, each) for each in (False, True))
+    for each, other in zip(plain_steps, checkpointed, strict=True):
+        torch.testing.assert_close(each, other, rtol=1e-4, atol=1e-6)
+
+
+def trained(name: str, steps: int, accumulated: int, outputs: str) -> list[float]:
+    """Losses of steps of AdamW with clipped gradients; with ranks where there is a group."""
+    import torch.distributed as dist
+
+    import sp_compile
+
+    model = built(name)
+    spread = dist.is_initialized()
+    if spread:
+        model = sp_compile.parallelize(model, codegen="eager", outputs=outputs)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for i in range(steps):
+        optimizer.zero_grad()
+        for j in range(accumulated):
+            batch = batch_of((1, 17 + 4 * j), slice(0, 4), seed=j)
+            if spread and outputs == "sharded":
+                logits = model(batch["input_ids"]).logits
+                loss = sp_compile.loss.cross_entropy(model, logits, batch["labels"])
+            else:
+                loss = model(**batch, use_cache=False).loss
+            (loss / accumulated).backward()
+            losses.append(float(loss))
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    return losses
+
+
+@pytest.mark.parametrize("outputs", ["full", "sharded"])
+def test_twenty_steps_track_those_of_one_rank(ranks, outputs: str):
+    expected = torch.tensor(trained("Llama", 20, 2, "full"))
+    assert expected[-6:].mean() < expected[:6].mean()
+    for found in ranks(2).run(trained, "Llama", 20, 2, outputs):
+        torch.testing.assert_close(torch.tensor(found), expected, rtol=1e-4, atol=1e-4)
+
+
+def refusals() -> list[str]:
+    """What bad input to a step of training says."""
+    import torch.distributed as dist
+
+    import sp_compile
+
+    def told(run: Any) -> str:
+        try:
+            run()
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        return "nothing"
+
+    batch = batch_of()
+    llama = sp_compile.parallelize(built("Llama"), codegen="eager")
+    found = [told(lambda: llama(input_ids=batch["input_ids"], labels=batch["labels"][:, 1:]))]
+    attention = sp_compile.parallelize(built("GPT2", attn_pdrop=0.1), codegen="eager")
+    found.append(told(lambda: attention(**batch)))
+    loss = llama(**batch).loss
+    loss.backward()
+    found.append(told(loss.backward))
+    ignored = llama(input_ids=batch["input_ids"], labels=torch.full_like(batch["labels"], -100)).loss
+    found.append(str(float(ignored)))
+    other = built("Llama")
+    if dist.get_rank() == 1:
+        with torch.no_grad():
+            other.get_parameter("model.norm.weight")[40] += 1
+    found.append(told(lambda: sp_compile.parallelize(other, codegen="eager")(**batch)))
+    return found
+
+
+def test_bad_input_is_refused(ranks):
+    for labels, dropout, twice, ignored, weights in ranks(2).run(refusals):
+        assert labels == f"{BatchError.__name__}: labels have shape [1, 12], the tokens [1, 13]; pass one each"
+        assert dropout.startswith(UnsupportedModelError.__name__)
+        assert "draws random numbers" in dropout
+        assert "backward through the graph a second time" in twice
+        assert ignored == "nan"
+        assert weights.startswith(f"{RankMismatchError.__name__}: ranks disagree on the parameter model.norm.weight")
