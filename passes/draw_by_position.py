@@ -1,7 +1,7 @@
 """Let dropout draw by the seed of the call and the place of an element in the whole tensor, not by what ran before.
 
 Requires: ``canonical``.
-Establishes: nothing new.
+Establishes: ``drawn_by_position``.
 
 Every token draws the same mask whatever rank computes it and however many there are; ranks that compute the same value
 draw the same. The numbers are a hash of 32 bits of the seed, the number of the dropout in the graph, and the element's
@@ -27,7 +27,7 @@ import torch
 from torch import fx
 
 from sp_compile.errors import UnsupportedModelError
-from sp_compile.invariants import CANONICAL
+from sp_compile.invariants import CANONICAL, DRAWN
 from sp_compile.pipeline import Pass
 from sp_compile.placements import REPLICATE
 from sp_compile.program import Program, add_call, op_name, source_line
@@ -44,14 +44,15 @@ class DrawByPosition(Pass):
 
     name = "draw_by_position"
     requires = (CANONICAL,)
+    establishes = (DRAWN,)
 
     def run(self, program: Program) -> None:
         """Rewrite in place."""
-        if not program.parallel or not program.differentiable:
+        if not program.parallel:
             return
         for number, node in enumerate(program.graph.find_nodes(op="call_function", target=aten.dropout.default)):
             self._draw(program, node, number)
-        for node in program.graph.nodes:
+        for node in program.graph.nodes if program.differentiable else ():
             if isinstance(node.target, torch._ops.OpOverload) and _draws(node):
                 raise UnsupportedModelError(
                     f"{op_name(node)} ({source_line(node) or 'no source line'}) draws random numbers, which would "
@@ -89,13 +90,13 @@ class _Build:
     def call(self, target: Any, *args: Any) -> fx.Node:
         return add_call(self.program.graph, target, args, REPLICATE, self.origin)
 
-    def counted(self, before: fx.Node | None, dim: int, size: sympy.Expr, value: torch.Tensor) -> fx.Node:
+    def counted(self, before: fx.Node | None, dim: int, size: sympy.Expr, value: Any) -> fx.Node:
         """Numbers of elements along the dims so far, ``before`` those of the dims in front."""
         graph, length = self.program.graph, self.program.length_input()
         whole: Any = int(size) if size.is_Integer else length
         if not size.is_Integer and size != self.program.tokens:
             raise UnsupportedModelError(
-                f"dropout ({source_line(self.origin)}) of a tensor of {size} rows; only a dim of the tokens can be drawn"
+                f"dropout ({source_line(self.origin)}) has {size} rows, which are neither fixed nor the tokens"
             )
         own = graph.call_function(aten.arange.default, (whole,), {"dtype": torch.int64, "device": value.device})
         with value.fake_mode:

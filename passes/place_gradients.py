@@ -1,7 +1,7 @@
 """Say where gradients enter and leave the graph: shared among ranks at outputs, summed over ranks at weights.
 
 Requires: ``lowered``.
-Establishes: nothing new.
+Establishes: ``gradients_placed``.
 
 See :mod:`sp_compile.gradients`. Weights are summed in buckets, in the order in which the backward is done with them, so
 that sums travel while the rest of it computes.
@@ -30,7 +30,7 @@ from torch import fx
 
 from sp_compile import gradients
 from sp_compile.collectives import is_wait
-from sp_compile.invariants import LOWERED
+from sp_compile.invariants import GRADIENTS_PLACED, LOWERED
 from sp_compile.pipeline import Pass
 from sp_compile.placements import REPLICATE, Replicate
 from sp_compile.program import Program, placement
@@ -51,6 +51,7 @@ class PlaceGradients(Pass):
 
     name = "place_gradients"
     requires = (LOWERED,)
+    establishes = (GRADIENTS_PLACED,)
 
     bucket_bytes: int = gradients.BUCKET
 
@@ -116,7 +117,7 @@ def _parts(
     graph: fx.Graph, target: object, before: tuple[object, ...], weights: list[fx.Node]
 ) -> dict[fx.Node, fx.Node]:
     """A call on all weights, and its results by weight."""
-    call = graph.call_function(target, (*before, *weights))  # type: ignore[arg-type]
+    call = graph.call_function(target, (*before, *weights))
     call.meta.update(val=tuple(each.meta["val"] for each in weights), placement=(REPLICATE,) * len(weights))
     found = {}
     for i, each in enumerate(weights):
@@ -128,7 +129,7 @@ def _parts(
 def _only_gathered(node: fx.Node) -> fx.Node | None:
     """The all-gather that an output is, brought to normal order and read by nothing else."""
     while node.target in ORDERED and len(node.users) == 1:
-        node = node.args[0]  # type: ignore[assignment]
+        node = node.args[0]
     if not is_wait(node) or len(node.users) != 1:
         return None
     gather = node.args[0]

@@ -1,7 +1,7 @@
 """Take cross-entropies apart, so that each rank computes the losses of its own rows and only sums cross.
 
 Requires: ``canonical``.
-Establishes: nothing new.
+Establishes: ``losses_by_rows``.
 
 A mean is the sum over all rows divided by how many labels count, which every rank knows, for labels are whole on each:
 the loss is that of the whole batch, whichever ranks have labels.
@@ -27,11 +27,11 @@ import torch
 from torch import fx
 
 from sp_compile import ops
-from sp_compile.invariants import CANONICAL
+from sp_compile.invariants import CANONICAL, LOSSES_SPLIT
 from sp_compile.pipeline import Pass
 from sp_compile.placements import REPLICATE
 from sp_compile.program import Program, add_call
-from sp_compile.symbols import is_float, is_tensor, shape_of
+from sp_compile.rules.reductions import splittable
 
 aten = torch.ops.aten
 NONE, MEAN, SUM = range(3)  # how torch numbers reductions
@@ -43,22 +43,21 @@ class SplitLosses(Pass):
 
     name = "split_losses"
     requires = (CANONICAL,)
+    establishes = (LOSSES_SPLIT,)
 
     def run(self, program: Program) -> None:
         """Rewrite in place."""
         if not program.parallel:
             return
         for node in program.graph.find_nodes(op="call_function", target=aten.cross_entropy_loss.default):
-            self._split(program, node)
+            if splittable(node):
+                self._split(program, node)
 
     def _split(self, program: Program, node: fx.Node) -> None:
-        defaults: tuple[Any, ...] = (None, None, None, MEAN, -100, 0.0)
-        logits, labels, weight, reduction, ignored, smoothing = (*node.args, *defaults[len(node.args) :])
-        named = {"weight": weight, "reduction": reduction, "ignore_index": ignored, "label_smoothing": smoothing}
-        weight, reduction, ignored, smoothing = {**named, **node.kwargs}.values()
-        plain = is_tensor(labels) and not is_float(labels) and len(shape_of(labels)) == 1 and weight is None
-        if not plain or reduction == NONE or len(shape_of(logits)) != 2:
-            return
+        named: dict[str, Any] = {"weight": None, "reduction": MEAN, "ignore_index": -100, "label_smoothing": 0.0}
+        named |= {**dict(zip(named, node.args[2:], strict=False)), **node.kwargs}
+        logits, labels = node.args[:2]
+        _, reduction, ignored, smoothing = named.values()
         graph = program.graph
         with graph.inserting_before(node):
             args = (logits, labels, None, NONE, ignored, smoothing)

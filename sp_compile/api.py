@@ -34,7 +34,7 @@ def parallelize(
     """Spread a model's tokens over ``sp`` ranks; the result is called like the model.
 
     Args:
-        model: an unmodified decoder in eval mode, with the same weights on every rank.
+        model: an unmodified decoder, in eval mode or to be trained, with the same weights on every rank.
         sp: ranks that share one batch; by default all of ``mesh`` or of the world.
         mesh: a ``DeviceMesh``, 1-D, or 2-D as (nodes, ranks of a node). Without it the world group is used, or split
             into groups of ``sp`` adjacent ranks.

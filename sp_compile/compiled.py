@@ -230,6 +230,7 @@ class Compiled:
     ) -> None:
         self._build, self._agree, self._capture, self._choose = build, agree, capture, choose
         self._codegen = codegen
+        self._runs = 0
         self._inputs: Sequence[Any] = ()
         self._original: Mapping[str, Any] = {}
         self._variants: dict[Kind, Variant] = {}
@@ -277,9 +278,12 @@ class Compiled:
                 "the cache was filled by a forward whose layers keep other windows than those of this one; pass the "
                 "requests in the same form in every call, or make another cache"
             )
-        indices = dict(step.index_inputs) | {f"held_{i}": each for i, each in enumerate(step.held)}
+        self._runs += 1
+        device = step.index_inputs["rank"].device
+        indices = {"seed": torch.tensor(self._runs, device=device)} if "seed" in variant.index_names else {}
+        indices |= {**step.index_inputs, **{f"held_{i}": each for i, each in enumerate(step.held)}}
         if step.isolated:
-            indices |= request_inputs(step.lengths, indices["rank"].device)
+            indices |= request_inputs(step.lengths, device)
         sizes = variant.sizes(step, inputs)
         found = variant.local([*inputs, *(indices[name] for name in variant.index_names)], sizes)
         windows = variant.program.kept

@@ -158,37 +158,37 @@ class _Summed(Function):
 
 def restored_rows(rows: torch.Tensor, ranks: int, group: str, rank: torch.Tensor) -> torch.Tensor:
     """Rows of all ranks for an output that every rank has whole: each gets the gradient of its own back."""
-    return _Restored.apply(rows, ranks, group, rank)  # type: ignore[no-any-return]
+    return _Restored.apply(rows, ranks, group, rank)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def share_gradient(value: torch.Tensor, ranks: int) -> torch.Tensor:
     """An output that every rank has whole, whose gradient comes once for each: a rank takes its share of it."""
-    return _Share.apply(value, ranks)  # type: ignore[no-any-return]
+    return _Share.apply(value, ranks)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def begin_sum(group: str, *weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Weights of a bucket, whose gradients begin to be summed over ranks once all of them are known."""
-    return _Sum.apply(group, *weights)  # type: ignore[no-any-return]
+    return _Sum.apply(group, *weights)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def end_sums(*weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """All weights; their sums are waited for at the end of the backward."""
-    return _Summed.apply(*weights)  # type: ignore[no-any-return]
+    return _Summed.apply(*weights)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def all_gather(rows: torch.Tensor, ranks: int, group: str) -> torch.Tensor:
     """Begin to gather rows whose gradients are summed where they came from."""
-    return _AllGather.apply(rows, ranks, group)  # type: ignore[no-any-return]
+    return _AllGather.apply(rows, ranks, group)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def all_reduce(value: torch.Tensor, op: str, group: str) -> torch.Tensor:
     """Begin to sum a value over ranks."""
-    return _AllReduce.apply(value, op, group)  # type: ignore[no-any-return]
+    return _AllReduce.apply(value, op, group)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def all_to_all(rows: torch.Tensor, come: list[Any], go: list[Any], group: str) -> torch.Tensor:
     """Begin to exchange rows, whose gradients go back the way they came."""
-    return _AllToAll.apply(rows, come, go, group)  # type: ignore[no-any-return]
+    return _AllToAll.apply(rows, come, go, group)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def exchange(
@@ -200,12 +200,12 @@ def exchange(
     after: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """:func:`sp_compile.ops.exchange_rows`, whose gradients go back and are added up."""
-    return _Exchange.apply(rows, sent, counts, received, group, after)  # type: ignore[no-any-return]
+    return _Exchange.apply(rows, sent, counts, received, group, after)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def wait(started: torch.Tensor) -> torch.Tensor:
     """End any of these."""
-    return _Wait.apply(started)  # type: ignore[no-any-return]
+    return _Wait.apply(started)  # type: ignore[no-any-return, no-untyped-call]
 
 
 DERIVED: dict[Any, Callable[..., Any]] = {

@@ -128,7 +128,7 @@ def forward_options(module: nn.Module, kwargs: Mapping[str, Any], args: Sequence
 
 
 def install_output_hooks(module: nn.Module, kwargs: Mapping[str, Any]) -> None:
-    """Let transformers install the hooks by which it records hidden states, attentions or routers, where they are asked for.
+    """Let transformers install the hooks that record hidden states, attentions or routers, where they are asked for.
 
     It does so at the first forward that asks, under a lock that Dynamo cannot trace.
     """

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from sp_compile import ops
+from sp_compile import gradients, ops
 from sp_compile.collectives import depends, is_heavy, is_start, is_wait
 from sp_compile.placements import (
     REPLICATE,
@@ -28,6 +28,7 @@ from sp_compile.program import Program, op_name, placement, uncut_tokens
 from sp_compile.requests import keeps_apart
 from sp_compile.rules import Call, NoRule, apply
 from sp_compile.rules.gathered import through_dims
+from sp_compile.rules.reductions import splittable
 from sp_compile.symbols import expr, is_tensor, shape_of
 
 
@@ -239,10 +240,33 @@ def _overlapped(program: Program) -> None:
         following = node if is_heavy(node) or is_start(node) else following
 
 
+def _losses_split(program: Program) -> None:
+    for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten.cross_entropy_loss.default):
+        if program.parallel and splittable(node):
+            raise Violation(node, "a loss for each row, summed after it", "one that is reduced at once")
+
+
+def _drawn(program: Program) -> None:
+    for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten.dropout.default):
+        if program.parallel:
+            raise Violation(node, "a mask drawn by the seed and the place", "one drawn by what ran before")
+
+
+def _gradients_placed(program: Program) -> None:
+    if not program.differentiable or program.sp == 1:
+        return
+    for node in program.graph.find_nodes(op="placeholder"):
+        direct = [user for user in node.users if user.target is not gradients.end_sums]
+        if node.meta.get("requires_grad") and direct:
+            raise Violation(node, "a weight whose gradient is summed over ranks", f"used by %{direct[0].name}")
+
+
 FUNCTIONAL = Invariant("functional", _functional)
 CANONICAL = Invariant("canonical", _canonical)
 RAISED = Invariant("attention_raised", _raised)
 APART = Invariant("requests_apart", _apart)
+LOSSES_SPLIT = Invariant("losses_by_rows", _losses_split)
+DRAWN = Invariant("drawn_by_position", _drawn)
 TOKENS_SHARDED = Invariant("tokens_sharded", _tokens_sharded)
 PLACED = Invariant("placed", _placed)
 KEYS_PADDED = Invariant("keys_in_padded_order", _keys_in_padded_order)
@@ -252,5 +276,6 @@ KERNELS_LOWERED = Invariant("kernels_lowered", _kernels_lowered)
 RESTORED = Invariant("outputs_restored", _outputs_restored)
 GATHERED_ONCE = Invariant("gathered_once", _gathered_once)
 LOWERED = Invariant("lowered", _lowered)
+GRADIENTS_PLACED = Invariant("gradients_placed", _gradients_placed)
 LOCAL = Invariant("local_shapes", _local)
 OVERLAPPED = Invariant("overlapped", _overlapped)

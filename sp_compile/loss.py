@@ -56,8 +56,8 @@ def cross_entropy(
     layout, group = model.layout, model.group
     if layout is None or labels.shape != (1, layout.tokens) or logits.shape[:2] != (1, layout.shard_length):
         raise BatchError(
-            f"logits {list(logits.shape)} and labels {list(labels.shape)} are not of the last forward's layout: pass this "
-            "rank's rows of logits, and the labels of all tokens in one row"
+            f"logits {list(logits.shape)} and labels {list(labels.shape)} are not of the last forward's layout: pass "
+            "this rank's rows of logits, and the labels of all tokens in one row"
         )
     wide = logits.dtype if logits.dtype == torch.float64 else torch.float32
     shifted = F.pad(labels, (0, 1), value=ignore_index)[0, 1:]
@@ -67,6 +67,6 @@ def cross_entropy(
         logits[0].to(wide), own, ignore_index=ignore_index, reduction="sum", label_smoothing=label_smoothing
     )
     if group.process_group is not None and group.size > 1:
-        total = _SumOverRanks.apply(total, group.process_group)
+        total = _SumOverRanks.apply(total, group.process_group)  # type: ignore[no-untyped-call]
     counted = (shifted != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
     return total / counted

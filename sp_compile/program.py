@@ -19,7 +19,8 @@ from sp_compile.symbols import computed, is_float, is_tensor, length_input, tens
 
 LETTERS = {"tokens": "T", "shard_length": "n"}
 INDEX_INPUTS = ("local_index", "local_valid", "gathered_index", "gathered_valid", "restore_index", "rank",
-                "request_index", "request_start", "new_rows", "kept_rows", "node_index", "node_rank", "seed")  # fmt: skip
+                "request_index", "request_start", "new_rows", "kept_rows", "node_index", "node_rank",
+                "seed")  # fmt: skip
 # the tensors of a cache, what is where on a shelf, and which queries and keys go to each other; what a reach fetches
 NUMBERED = re.compile(
     r"(held|held_index|held_valid|held_runs|picked_queries|picked_past|queries_index|merged_rows"

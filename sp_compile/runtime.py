@@ -306,7 +306,7 @@ class ParallelModule(nn.Module):
     def _prepare(self, named: Mapping[str, torch.Tensor], layout: TokenLayout) -> Step:
         tokens = token_input(named)[1]
         inputs = _index_inputs(layout, self.group, tokens.device)
-        if self._differentiates:
+        if self._differentiates or self.training:
             inputs = {**inputs, "seed": fresh_seed(self.group, tokens.device)}
         step = Step(layout, inputs, self._promised(named, layout), outputs=self.compile_config.outputs)
         strategies = [each for each in self.pipeline if isinstance(each, ShardAttention)]

@@ -26,7 +26,7 @@ class Generated:
         monkeypatch.setattr(codegen, "compile_graph", self._compile)
         monkeypatch.setattr(codegen, "_guards", lambda env: [sympy.Eq(self._symbol, self._hint)])
 
-    def _compile(self, gm: Any, inputs: Any, tracing: Any) -> Any:
+    def _compile(self, gm: Any, inputs: Any, tracing: Any, differentiable: bool) -> Any:
         size = next(each for each in inputs if isinstance(each, torch.SymInt))
         self._symbol, self._hint = size.node.expr, int(size.node.hint)
         return lambda *_, hint=self._hint: self.ran.append(hint)

@@ -139,6 +139,27 @@ def projected(self: Any, inputs_embeds: torch.Tensor) -> torch.Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
+def lossy(self: Any, inputs_embeds: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(inputs_embeds[0], torch.zeros(inputs_embeds.shape[1], dtype=torch.int64))
+
+
+def reduce_at_once(program: Program) -> None:
+    (loss,) = program.graph.find_nodes(op="call_function", target=torch.ops.aten.cross_entropy_loss.default)
+    loss.args = (*loss.args[:3], 2, *loss.args[4:])
+
+
+def drop_by_state(program: Program) -> None:
+    output = program.graph.output_node()
+    with program.graph.inserting_before(output):
+        program.graph.call_function(torch.ops.aten.dropout.default, (output.all_input_nodes[0], 0.5, True))
+
+
+def want_gradients(program: Program) -> None:
+    program.differentiable = True
+    for node in program.graph.find_nodes(op="placeholder"):
+        node.meta["requires_grad"] = node.name == "inputs_embeds"
+
+
 def wait_early(program: Program) -> None:
     wait = next(node for node in program.graph.nodes if is_wait(node))
     wait.args[0].append(wait)
@@ -165,6 +186,15 @@ BROKEN = {
     "an assertion": Broken(
         invariants.CANONICAL, "normalize", doubled, assert_metadata,
         r"\(aten._assert_tensor_metadata\): expected no metadata assertions, found aten._assert_tensor_metadata"),
+    "a loss of all rows": Broken(
+        invariants.LOSSES_SPLIT, "split_losses", lossy, reduce_at_once,
+        r"%cross_entropy_loss\w* \(.*\): expected a loss for each row, summed after it, found one that is reduced at"),
+    "dropout that the generator's state decides": Broken(
+        invariants.DRAWN, "draw_by_position", doubled, drop_by_state,
+        r"%dropout\w* \(aten.dropout\): expected a mask drawn by the seed and the place, found one drawn by what ran"),
+    "a weight whose gradient stays on its rank": Broken(
+        invariants.GRADIENTS_PLACED, "place_gradients", doubled, want_gradients,
+        r"%inputs_embeds \(.*\): expected a weight whose gradient is summed over ranks, found used by %"),
     "attention as it was written": Broken(
         invariants.RAISED, "normalize", attention, lambda program: None,
         r"%scaled_dot_product_attention \(.*\): expected sp_compile.attention, or the reason .*, found aten.sc"),

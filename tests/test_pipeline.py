@@ -56,7 +56,7 @@ def test_the_attention_strategy_reaches_its_pass_unless_the_pipeline_says_otherw
     ("spec", "message"),
     [
         (["normalise"], r"unknown pass 'normalise'; did you mean 'normalize'\?"),
-        (["qqq"], r"unknown pass 'qqq'; known: isolate_requests, localize_shapes"),
+        (["qqq"], r"unknown pass 'qqq'; known: draw_by_position, isolate_requests"),
         ([{"minimize_communication": {"join_keys": False}}],
          r"'minimize_communication' has no option 'join_keys'; did you mean 'join_keys_and_values'\?"),
         ([{"normalize": {"deep": True}}], r"pass 'normalize' has no option 'deep'; it has none"),
@@ -73,7 +73,7 @@ def test_a_mistake_in_the_pipeline_is_told(spec: Any, message: str):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        (without("normalize"), r"'raise_attention' requires 'canonical', .*; put normalize before it"),
+        (without("normalize"), r"'split_losses' requires 'canonical', .*; put normalize before it"),
         (without("shard_tokens"), r"'propagate_placements' requires 'tokens_sharded', .*; put shard_tokens before it"),
         (without("raise_attention"), r"'isolate_requests' requires 'attention_raised', .*; put raise_attention before"),
         (swapped("restore_outputs", "lower_redistributes"), r"'lower_redistributes' requires 'gathered_once'"),

@@ -8,7 +8,18 @@ import pytest
 import torch
 
 from sp_compile.errors import BatchError, RankMismatchError, UnsupportedModelError
-from tests.training import MODELS, apart, batch_of, built, on_ranks, plain, plain_on_ranks, plain_step, stepped
+from tests.training import (
+    MODELS,
+    apart,
+    batch_of,
+    built,
+    on_a_mesh,
+    on_ranks,
+    plain,
+    plain_on_ranks,
+    plain_step,
+    stepped,
+)
 
 EXACT = 1e-10  # relative, in fp64
 SEED = 7
@@ -102,7 +113,7 @@ def trained(name: str, steps: int, accumulated: int, outputs: str) -> list[float
         model = sp_compile.parallelize(model, codegen="eager", outputs=outputs)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
-    for i in range(steps):
+    for _ in range(steps):
         optimizer.zero_grad()
         for j in range(accumulated):
             batch = batch_of((1, 17 + 4 * j), slice(0, 4), seed=j)
@@ -165,3 +176,18 @@ def test_bad_input_is_refused(ranks):
         assert "backward through the graph a second time" in twice
         assert ignored == "nan"
         assert weights.startswith(f"{RankMismatchError.__name__}: ranks disagree on the parameter model.norm.weight")
+
+
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
+def test_data_parallel_ranks_average_whole_gradients(ranks, wrap: str):
+    losses, expected = [], {}
+    for seed in range(2):
+        model = plain()
+        loss, _ = model(**batch_of((1, 15), slice(0, 4), seed))
+        loss.backward()
+        losses.append(float(loss))
+        for name, each in model.named_parameters():
+            expected[name] = expected.get(name, 0) + each.grad / 2
+    for rank, (found, loss) in enumerate(ranks(4).run(on_a_mesh, wrap, timeout=300)):
+        assert apart(found, expected) <= EXACT
+        assert loss == pytest.approx(losses[rank // 2], rel=EXACT)

@@ -15,9 +15,9 @@ from tests.zoo.models import randomize
 SIZES = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
 EXPERTS = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.1}
-LATENTS = {"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
-           "v_head_dim": 16, "moe_intermediate_size": 32, "n_routed_experts": 8, "num_experts_per_tok": 2,
-           "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}  # fmt: skip
+LATENTS = {"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
+           "qk_nope_head_dim": 8, "v_head_dim": 16, "moe_intermediate_size": 32, "n_routed_experts": 8,
+           "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}  # fmt: skip
 MODELS: dict[str, dict[str, Any]] = {
     "Llama": {},
     "Qwen3Moe": {**EXPERTS, "output_router_logits": True, "head_dim": 16},
@@ -97,9 +97,7 @@ class Plain(nn.Module):
         size = width // self.heads
         for qkv, out, norm in zip(self.qkv, self.out, self.norms, strict=True):
             sizes = [each * size for each in (self.heads, self.kv_heads, self.kv_heads)]
-            q, k, v = (
-                each.view(batch, length, -1, size).transpose(1, 2) for each in qkv(norm(x)).split(sizes, dim=-1)
-            )
+            q, k, v = (each.view(batch, length, -1, size).transpose(1, 2) for each in qkv(norm(x)).split(sizes, dim=-1))
             seen = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
             x = x + out(seen.transpose(1, 2).reshape(batch, length, width))
         logits = self.head(x)
@@ -128,3 +126,26 @@ def plain_on_ranks(batches: Sequence[Mapping[str, Any]], **config: Any) -> list[
     """Steps on the ranks of this group."""
     parallel = sp_compile.parallelize(plain(), **{"codegen": "eager", **config})
     return [plain_step(parallel, batch) for batch in batches]
+
+
+def on_a_mesh(wrap: str) -> tuple[dict[str, torch.Tensor], float]:
+    """A step on (2, 2) ranks of dp and sp, each dp rank with a batch of its own; gradients and the loss."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+    from torch.nn.parallel import DistributedDataParallel
+
+    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "sp"))
+    model: Any = sp_compile.parallelize(plain(), mesh=mesh["sp"], codegen="eager")
+    if wrap == "ddp":
+        model = DistributedDataParallel(model, process_group=mesh["dp"].get_group())
+    else:
+        fully_shard(model, mesh=mesh["dp", "sp"]._flatten("all"))
+    batch = batch_of((1, 15), slice(0, 4), seed=mesh["dp"].get_local_rank())
+    loss, _ = model(**batch)
+    loss.backward()
+    found = {}
+    for name, each in model.named_parameters():
+        grad = each.grad.full_tensor() if isinstance(each.grad, DTensor) else each.grad
+        found[name.replace("module.", "")] = grad
+    return found, float(loss)

@@ -58,7 +58,7 @@ def _inlined(gm: fx.GraphModule, graph: fx.Graph, call: fx.Node, own: dict[fx.No
 
 
 def without_grad_modes(gm: fx.GraphModule) -> fx.GraphModule:
-    """The same graph without changes of the grad mode; what is computed under ``no_grad`` is detached where it is used."""
+    """The same graph without changes of the grad mode; what is computed under ``no_grad`` is detached."""
     if not gm.graph.find_nodes(op="call_function", target=_SET_GRAD):
         return gm
     graph = fx.Graph()

@@ -24,7 +24,7 @@ DYNAMO: dict[str, Any] = {
 
 
 def _ignored() -> set[Any]:
-    """Calls that a graph does without: transformers warns while it makes block masks, and of losses it does not know."""
+    """Calls that a graph does without: transformers warns of masks that it makes and of losses it does not know."""
     methods = ("warning", "warning_once")  # the latter is of transformers
     return {warnings.warn, *(getattr(logging.Logger, each) for each in methods if hasattr(logging.Logger, each))}
 
@@ -64,7 +64,10 @@ class Traced:
         args = [mark_token_dims(value, length) for value in args]
         kwargs = {name: mark_token_dims(value, length, name) for name, value in kwargs.items()}
         try:
-            with torch.set_grad_enabled(gradients), torch._dynamo.config.patch(DYNAMO | {"ignore_logging_functions": _ignored()}):
+            with (
+                torch.set_grad_enabled(gradients),
+                torch._dynamo.config.patch(DYNAMO | {"ignore_logging_functions": _ignored()}),
+            ):
                 return self._run(*args, **kwargs)
         except torch._dynamo.exc.BackendCompilerFailed as error:
             if isinstance(error.inner_exception, SPCompileError):

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 
 from sp_compile.kernels import dense, tiles
-from sp_compile.kernels.backward import Gradients, Saved, attend_backward
+from sp_compile.kernels.backward import Gradients, attend_backward
+from sp_compile.kernels.backward import Saved as Saved
 from sp_compile.kernels.dense import Partial
 from sp_compile.kernels.plan import plan_regions
 from sp_compile.kernels.regions import as_regions
@@ -75,4 +76,5 @@ def gradient_of_means(
     of_heads = of_rows.unflatten(1, (v_BGKE.shape[1], -1)).sum(dim=2)
     held = torch.ones(v_BGKE.shape[2], dtype=torch.bool, device=grad.device) if valid is None else valid
     shares = held.to(grad.dtype) / held.sum()
-    return (of_heads * shares[:, None]).to(v_BGKE.dtype)
+    found: torch.Tensor = of_heads * shares[:, None]
+    return found.to(v_BGKE.dtype)

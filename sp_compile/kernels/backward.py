@@ -64,7 +64,8 @@ def attend_backward(
     for region in regions:
         rows = slice(region.row, region.row + 1) if region.row >= 0 else slice(None)
         own = [rows_of(each, rows) for each in operands]
-        part = Saved(*(None if each is None else each[rows] for each in saved))
+        q, k, v, out, lse, row_grad = (each[rows] for each in saved[:6])
+        part = Saved(q, k, v, out, lse, row_grad, None if grad_lse is None else grad_lse[rows])
         into = tuple(each[rows] for each in found)
         held = region.masked or assigns(rule, "bias") or by_products
         pieces = _held(part, region, own, tables, rule, valid) if held else _banded(part, region)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sympy
 from torch import fx
 
 from sp_compile.placements import Partial, Placement
 from sp_compile.rules.base import Call, NoRule, Outcome, only_input, output_shape, rank_of, replicate_others
+from sp_compile.symbols import is_float, shape_of
 
 
 def along_dims(call: Call) -> Outcome:
@@ -35,6 +37,14 @@ def sum_rows(call: Call) -> Outcome:
     if placement.dim not in [dim % rank_of(source) for dim in dims]:
         raise NoRule("sums over other dims than the tokens")
     return Outcome(Partial("sum"))
+
+
+def splittable(node: fx.Node) -> bool:
+    """Whether a cross-entropy is one of rows, ``[rows, classes]`` and a label each, that is reduced to one value."""
+    values = Call(node, sympy.Symbol("tokens"), {}).arguments()
+    logits, labels = values["self"], values["target"]
+    by_rows = len(shape_of(logits)) == 2 and len(shape_of(labels)) == 1 and not is_float(labels)
+    return by_rows and values["weight"] is None and values["reduction"] != 0
 
 
 def row_losses(call: Call) -> Outcome:

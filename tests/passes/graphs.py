@@ -17,7 +17,6 @@ from sp_compile import capture, mesh, ops
 from sp_compile.compiled import Kind, index_inputs
 from sp_compile.config import compile_config
 from sp_compile.errors import SPCompileError
-
 from sp_compile.layout import TokenLayout, token_layout
 from sp_compile.pipeline import registered_passes
 from sp_compile.placements import Gathered, Partial, QueriesByKeys, Replicate, Shard, describe
@@ -38,6 +37,9 @@ class _Captured(SPCompileError):
     def __init__(self, program: Program) -> None:
         super().__init__()
         self.program = program
+
+
+SEED = 5  # of dropout
 
 
 def small(forward: Callable[..., Any], **weights: torch.Tensor) -> nn.Module:
@@ -166,7 +168,7 @@ def outputs(program: Program, values: Mapping[fx.Node, Any]) -> Any:
 
 def _input(program: Program, node: fx.Node, inputs: Mapping[str, torch.Tensor], layout: TokenLayout, rank: int) -> Any:
     if "index_input" in node.meta:
-        found = {**index_inputs(layout, rank), **request_inputs(layout.lengths)}
+        found = {**index_inputs(layout, rank), **request_inputs(layout.lengths), "seed": torch.tensor(SEED)}
         return found[node.meta["index_input"]]
     if isinstance(node.meta["val"], torch.SymInt):
         return layout.tokens

@@ -1,0 +1,112 @@
+"""A step of training of a small Llama: sp_compile against plain ``torch.compile``, time and peak memory, in one run.
+
+Run ``python benchmarks/train.py`` on an otherwise idle machine; ``--help`` shows what can be chosen. Forward, loss and
+backward are timed; all setups keep their processes for the whole run, and rounds visit them in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from prefill import Setup, llama
+from servers import Server, answer, serve, write
+
+import sp_compile
+from sp_compile.measure import PeakMemory, machine, versions
+
+SETUPS = [
+    Setup("torch.compile, 1 thread", "compile", 1, 1),
+    Setup("torch.compile, 2 threads", "compile", 1, 2),
+    Setup("sp=1, 1 thread", "ours", 1, 1),
+    Setup("sp=2, 1 thread a rank", "ours", 2, 1),
+]
+
+
+def run(kind: str, sp: int, threads: int, folder: str) -> None:
+    """What a process (or each rank of a launch) runs: a step for each order, timed or its memory measured."""
+    torch.set_num_threads(threads)
+    model: Any = llama().train()
+    model = torch.compile(model) if kind == "compile" else sp_compile.parallelize(model, sp=sp)
+
+    def step(tokens: int) -> None:
+        ids = torch.randint(0, 1024, (1, tokens), generator=torch.Generator().manual_seed(tokens))
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+
+    def reply(order: str) -> float:
+        what, tokens = order.split(":")
+        model.zero_grad(set_to_none=False)  # gradients are there before and after: what is measured is the step's own
+        if what == "memory":
+            with PeakMemory(torch.device("cpu")) as peak:
+                step(int(tokens))
+            return peak.bytes
+        start = time.perf_counter()
+        step(int(tokens))
+        return time.perf_counter() - start
+
+    answer(folder, sp, reply)
+
+
+def measure(rounds: int, lengths: list[int]) -> list[dict[str, Any]]:
+    """Median seconds and peak bytes of every setup and length."""
+    servers = []
+    try:
+        for setup in SETUPS:
+            servers.append(Server(setup.name, __file__, [setup.kind], setup.sp, setup.threads))
+            for length in lengths:  # compile before the next is started
+                servers[-1].ask(f"time:{length}")
+            print(f"ready: {setup.name}", file=sys.stderr)
+        rows = []
+        for length in lengths:
+            times: dict[str, list[float]] = {each.name: [] for each in servers}
+            for _ in range(rounds):
+                for each in servers:
+                    times[each.name].append(each.ask(f"time:{length}"))
+            for each in servers:
+                peak = statistics.median(each.ask(f"memory:{length}") for _ in range(3))
+                row = {"tokens": length, "setup": each.name, "seconds": statistics.median(times[each.name])}
+                rows.append({**row, "peak_bytes": peak})
+    finally:
+        for each in servers:
+            each.end()
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as Markdown, against ``torch.compile`` on one thread."""
+    text = ["| tokens | setup | seconds | faster | peak above rest | of it |", "|---|---|---|---|---|---|"]
+    base = {row["tokens"]: row for row in rows if row["setup"] == SETUPS[0].name}
+    for row in rows:
+        one = base[row["tokens"]]
+        text.append(
+            f"| {row['tokens']:,} | {row['setup']} | {row['seconds']:.2f} | {one['seconds'] / row['seconds']:.2f}x "
+            f"| {row['peak_bytes'] / 1e6:.0f} MB | {row['peak_bytes'] / one['peak_bytes']:.2f}x |"
+        )
+    return "\n".join(text)
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5, help="visits of every setup (default 5)")
+    parser.add_argument("--tokens", type=int, nargs="*", default=[1024, 4096], help="lengths of the sequence")
+    parser.add_argument("--json", type=Path, help="where to write the figures")
+    options = parser.parse_args()
+    rows = measure(options.rounds, options.tokens)
+    print(table(rows))
+    if options.json is not None:
+        result = {"machine": machine(), "versions": versions(), "rounds": options.rounds, "rows": rows}
+        write(options.json, json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--serve"]:
+        serve(run, sys.argv[2:])
+    else:
+        main()
