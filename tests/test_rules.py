@@ -94,7 +94,13 @@ POINTWISE = [
     Case("aten.where", ROWS, lambda x: torch.where(x > 0, x, 2 * x)),
     Case("aten.masked_fill", ROWS, lambda x: x.masked_fill(x > 0, 3.0)),
     Case("aten.dropout", ROWS, lambda x: F.dropout(x, 0.1, True), random=True),
-    Case("aten.copy", ROWS, lambda x: aten.copy.default(2 * x, x)),
+    Case("aten.copy", ROWS, lambda x: aten.copy.default(2 * x, x[..., :1])),
+    Case(
+        "aten.cross_entropy_loss",
+        "Shard(0)",
+        lambda x: F.cross_entropy(x[0], x[0].argmax(-1), reduction="none"),
+        **WRITTEN,
+    ),
     Case("aten.full_like", PAIRS_OF_ROWS, lambda x: torch.full_like(pairs(x), 3.0)),
     Case("aten.zeros_like", PAIRS_OF_ROWS, lambda x: torch.zeros_like(pairs(x))),
     Case("aten.ones_like", PAIRS_OF_ROWS, lambda x: torch.ones_like(pairs(x))),
@@ -458,6 +464,7 @@ def test_the_size_of_another_dim_is_the_same_everywhere():
 def test_every_row_of_the_table_has_a_case():
     tried = {each.op.replace(".", "::") + f".{each.overload}".rstrip(".") for each in CASES} | {*REWRITTEN}
     experts, single = {"aten::histc", "aten::_grouped_mm"}, {"select_rows", "aten::sym_size"}
+    summed = {"sum_rows"}  # tests/passes/test_split_losses.py
     inserted = {"aten::unflatten"}  # normalize writes it as a reshape; minimize_communication uses it
     attention = {
         "sp_compile::attention",
@@ -470,4 +477,4 @@ def test_every_row_of_the_table_has_a_case():
     }  # tests/passes/test_shard_attention.py and test_shard_cache.py
     alike = {"aten::bincount": "aten::histc", "transformers::grouped_mm_fallback": "aten::_grouped_mm"}
     assert all(RULES[name] is RULES[other] for name, other in alike.items())
-    assert set(RULES) - tried - experts - single - inserted - attention - {*alike} == set()
+    assert set(RULES) - tried - experts - single - summed - inserted - attention - {*alike} == set()
