@@ -26,7 +26,7 @@ def _table(rows: dict[Rule, str]) -> dict[str, Rule]:
 RULES: dict[str, Rule] = _table(
     {
         # elementwise beside everything tagged pointwise
-        pointwise.pointwise: "aten::where aten::masked_fill aten::dropout aten::copy aten::full_like aten::zeros_like "
+        pointwise.pointwise: "aten::where aten::masked_fill aten::copy aten::full_like aten::zeros_like "
         "aten::ones_like aten::empty_like aten::rand_like aten::rsub aten::true_divide aten::max.other aten::min.other "
         "aten::__and__ aten::__or__ aten::__xor__ aten::isclose aten::hardswish aten::log_sigmoid aten::polar "
         "aten::complex aten::real aten::imag aten::_conj",
