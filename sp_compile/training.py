@@ -29,6 +29,8 @@ def check_weights(module: nn.Module, group: Group) -> None:
     Raises:
         RankMismatchError: names the first parameter that differs, and the ranks.
     """
+    if group.size == 1:
+        return
     with fingerprint.agreement(group) as fields:
         for name, each in module.named_parameters():
             frozen = "" if each.requires_grad else ", frozen"

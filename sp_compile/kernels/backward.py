@@ -15,11 +15,11 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from sp_compile.kernels.plan import between, rows_of
+from sp_compile.kernels.plan import rows_of
 from sp_compile.kernels.regions import Region
 from sp_compile.kernels.strips import strips
-from sp_compile.kernels.tiles import band_mask, blocks
-from sp_compile.score_rule import assigns, evaluate, score_and_derivative
+from sp_compile.kernels.tiles import Block, added_to_scores, band_mask, held_blocks
+from sp_compile.score_rule import assigns, score_and_derivative
 
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -68,52 +68,29 @@ def attend_backward(
         part = Saved(q, k, v, out, lse, row_grad, None if grad_lse is None else grad_lse[rows])
         into = tuple(each[rows] for each in found)
         held = region.masked or assigns(rule, "bias") or by_products
-        pieces = _held(part, region, own, tables, rule, valid) if held else _banded(part, region)
-        for queries, keys, mask, bias in pieces:
+        pieces = held_blocks(region, own, tables, rule, valid) if held else _banded(region, part.q.dtype)
+        for queries, keys, elements, mask, bias in pieces:
             cut = _cut(part, queries, keys)
             if by_products:
-                elements = between(own, (queries.start, queries.stop), (keys.start, keys.stop))
                 gradients = _products(cut, elements, tables, rule, scale, mask, bias)
             else:
-                gradients = _flash(cut, _added(mask, bias, cut.q), scale)
+                gradients = _flash(cut, added_to_scores(mask, bias, cut.q, cut.k), scale)
             for whole, span, each in zip(into, (queries, keys, keys), gradients, strict=True):
                 whole[:, :, span] += each
     return found[0], found[1], found[2]
 
 
-Piece = tuple[slice, slice, torch.Tensor | None, torch.Tensor | None]  # queries, keys, mask (bool or added), bias
-
-
-def _banded(part: Saved, region: Region) -> Iterator[Piece]:
-    """A region whose mask is a band."""
+def _banded(region: Region, dtype: torch.dtype) -> Iterator[Block]:
+    """A region whose mask is a band, which is added to the scores like a bias."""
     if region.full:
-        yield slice(region.q_start, region.q_end), slice(region.k_start, region.k_end), None, None
+        yield slice(region.q_start, region.q_end), slice(region.k_start, region.k_end), [], None, None
         return
     for strip in strips(region, True):
         rows, keys = strip.q_end - strip.q_start, strip.k_end - strip.k_start
-        mask = None if strip.band is None else band_mask(rows, keys, *strip.band, part.q.dtype)
+        mask = None if strip.band is None else band_mask(rows, keys, *strip.band, dtype)
         for i in range(strip.repeats):
             start, first = strip.q_start + i * rows, strip.k_start + i * rows
-            yield slice(start, start + rows), slice(first, first + keys), None, mask
-
-
-def _held(
-    part: Saved,
-    region: Region,
-    operands: Sequence[torch.Tensor],
-    tables: Sequence[torch.Tensor],
-    rule: str,
-    valid: torch.Tensor | None,
-) -> Iterator[Piece]:
-    """A region whose mask, bias or scores are held, a block at a time."""
-    for block in blocks(region):
-        queries, keys = slice(block.q_start, block.q_end), slice(block.k_start, block.k_end)
-        cut = between(operands, (queries.start, queries.stop), (keys.start, keys.stop))
-        values = evaluate(rule, cut, ("mask", "bias"), tables=tables)
-        mask, bias = None if region.full else values.get("mask"), values.get("bias")
-        if valid is not None and not region.full:
-            mask = valid[keys] if mask is None else mask & valid[keys]
-        yield queries, keys, mask, bias
+            yield slice(start, start + rows), slice(first, first + keys), [], None, mask
 
 
 def _cut(part: Saved, queries: slice, keys: slice) -> Saved:
@@ -128,14 +105,6 @@ def _cut(part: Saved, queries: slice, keys: slice) -> Saved:
     )
 
 
-def _added(mask: torch.Tensor | None, bias: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor | None:
-    """What is added to the scores, in q's dtype."""
-    if mask is None:
-        return None if bias is None else bias.to(q.dtype)
-    added = torch.zeros((), dtype=q.dtype) if bias is None else bias.to(q.dtype)
-    return torch.where(mask, added, torch.tensor(-torch.inf, dtype=q.dtype))
-
-
 def _flash(cut: Saved, added: torch.Tensor | None, scale: float) -> Gradients:
     """By torch's kernel, for which all head dims are alike."""
     q, k, v, out, lse, grad, _ = cut
@@ -145,11 +114,7 @@ def _flash(cut: Saved, added: torch.Tensor | None, scale: float) -> Gradients:
         F.pad(each.to(dtype), (0, width - each.shape[-1])) if each.shape[-1] < width else each.to(dtype).contiguous()
         for each in (q, k, v, out, grad)
     )
-    if added is not None:
-        shape = torch.broadcast_shapes(added.shape, (1, 1, q.shape[2], k.shape[2]))
-        added = added.expand(shape).contiguous()
-    lse = lse.contiguous()
-    found = _flash_backward(grad, q, k, v, out, lse, 0.0, False, attn_mask=added, scale=scale)
+    found = _flash_backward(grad, q, k, v, out, lse.contiguous(), 0.0, False, attn_mask=added, scale=scale)
     dq, dk, dv = (each[..., :dim] for each, dim in zip(found, dims, strict=True))
     return dq, dk, dv
 
@@ -174,7 +139,7 @@ def _products(
     if bias is not None:
         score = score + bias
     if mask is not None:
-        score = score.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else score + mask
+        score = score.masked_fill(~mask, -torch.inf)
     weights = torch.exp(score - cut.lse.unsqueeze(-1))
     dv = weights.transpose(-1, -2) @ grad
     rows = (grad * out).sum(dim=-1)

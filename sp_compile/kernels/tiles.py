@@ -156,19 +156,13 @@ class _Call:
     def held(self, region: Region) -> Iterator[Placed]:
         """A region whose mask, bias or changed scores are held, a block at a time."""
         by_products = _by_products(self.rule, self.q)
-        for block in blocks(region):
-            rows, keys = slice(block.q_start, block.q_end), slice(block.k_start, block.k_end)
-            cut = between(self.operands, (rows.start, rows.stop), (keys.start, keys.stop))
-            values = evaluate(self.rule, cut, ("mask", "bias"), tables=self.tables)
-            mask, bias = None if region.full else values.get("mask"), values.get("bias")
-            if self.valid is not None and not region.full:
-                mask = self.valid[keys] if mask is None else mask & self.valid[keys]
+        for rows, keys, cut, mask, bias in held_blocks(region, self.operands, self.tables, self.rule, self.valid):
             q, k, v = self.q[:, :, rows], self.k[:, :, keys], self.v[:, :, keys]
             at = rows.start, rows.stop
             if by_products:
                 yield at, dense_partial(q, k, v, cut, self.tables, self.rule, self.scale, mask, bias)
             else:
-                added = _added(mask, bias, q, k)
+                added = added_to_scores(mask, bias, q, k)
                 yield at, _without_blind_rows(flash(q, k, v, added, self.scale), added)
 
 
@@ -178,7 +172,28 @@ def _windows(part: torch.Tensor, size: int, step: int, count: int) -> torch.Tens
     return part.as_strided((count, part.shape[0], size, part.shape[2]), (step * rows, heads, rows, dim))
 
 
-def blocks(region: Region) -> Iterator[Region]:
+Block = tuple[slice, slice, list[torch.Tensor], torch.Tensor | None, torch.Tensor | None]
+
+
+def held_blocks(
+    region: Region,
+    operands: Sequence[torch.Tensor],
+    tables: Sequence[torch.Tensor],
+    rule: str,
+    valid: torch.Tensor | None,
+) -> Iterator[Block]:
+    """Blocks of bounded size of a region: queries, keys, the operands between them, mask and bias, None for none."""
+    for block in _blocks(region):
+        rows, keys = slice(block.q_start, block.q_end), slice(block.k_start, block.k_end)
+        cut = between(operands, (rows.start, rows.stop), (keys.start, keys.stop))
+        values = evaluate(rule, cut, ("mask", "bias"), tables=tables)
+        mask, bias = None if region.full else values.get("mask"), values.get("bias")
+        if valid is not None and not region.full:
+            mask = valid[keys] if mask is None else mask & valid[keys]
+        yield rows, keys, cut, mask, bias
+
+
+def _blocks(region: Region) -> Iterator[Region]:
     """Blocks of bounded size that cover the visible elements of a region."""
     for start in range(region.q_start, region.q_end, HELD_QUERIES):
         end = min(start + HELD_QUERIES, region.q_end)
@@ -208,7 +223,7 @@ def band_mask(rows: int, keys: int, low: int, high: int, dtype: torch.dtype) -> 
     return _band_mask(rows, keys, low, high, dtype)
 
 
-def _added(
+def added_to_scores(
     mask: torch.Tensor | None, bias: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor
 ) -> torch.Tensor | None:
     """What is added to the scores, ``[B or 1, H or 1, Q, K]`` in q's dtype."""
