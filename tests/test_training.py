@@ -73,6 +73,14 @@ def test_generated_code_for_new_lengths(ranks):
           scheme="contiguous")  # fmt: skip
 
 
+def test_autocast_is_as_exact_as_on_one_rank(ranks):
+    model, batch = built("Llama"), batch_of((1, 33))
+    exact = {name: each.clone() for name, each in stepped(model, batch).items()}
+    own = apart(stepped(model, batch, autocast=True), exact)
+    for (found,) in ranks(2).run(on_ranks, "Llama", [batch], torch.float32, {}, True):
+        assert 1e-4 < apart(found, exact) <= 2 * own
+
+
 def dropped(sp_rows: int, chance: float, checkpoint: bool = False) -> list[torch.Tensor]:
     """Loss and gradients of two steps of GPT-2 with dropout, from one seed."""
     import sp_compile

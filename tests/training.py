@@ -52,21 +52,27 @@ def batch_of(shape: Sequence[int] = (1, 13), ignored: slice = slice(0, 5), seed:
     return {"input_ids": ids, "labels": labels}
 
 
-def stepped(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The loss of a step, and every gradient by the name of its parameter."""
+def stepped(model: nn.Module, batch: Mapping[str, Any], autocast: bool = False) -> dict[str, torch.Tensor]:
+    """The loss of a step, under bf16 autocast if asked, and every gradient by the name of its parameter."""
     model.zero_grad()
-    loss = model(**batch, use_cache=False).loss
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        loss = model(**batch, use_cache=False).loss
     loss.backward()
     named = {name.removeprefix("module."): each.grad for name, each in model.named_parameters()}
     return {"loss": loss.detach(), **{name: each for name, each in named.items() if each is not None}}
 
 
 def on_ranks(
-    name: str, batches: Sequence[Mapping[str, Any]], dtype: torch.dtype, changes: Mapping[str, Any], **config: Any
+    name: str,
+    batches: Sequence[Mapping[str, Any]],
+    dtype: torch.dtype,
+    changes: Mapping[str, Any],
+    autocast: bool = False,
+    **config: Any,
 ) -> list[dict[str, torch.Tensor]]:
     """Steps on the ranks of this group."""
     parallel = sp_compile.parallelize(built(name, dtype, **changes), **{"codegen": "eager", **config})
-    return [stepped(parallel, batch) for batch in batches]
+    return [stepped(parallel, batch, autocast) for batch in batches]
 
 
 def apart(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> float:
