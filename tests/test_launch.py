@@ -115,15 +115,15 @@ def test_a_rank_that_dies_is_named(how: str, words: str):
     start = time.monotonic()
     with pytest.raises(RankFailedError, match=rf"^rank 0 of 2 {words}"):
         launch(fail_on, 2, 0, how, timeout=60)
-    assert time.monotonic() - start < 40
+    assert time.monotonic() - start < 90
 
 
 def test_a_rank_that_hangs_is_ended_and_says_where_it_was():
     start = time.monotonic()
-    with pytest.raises(RankFailedError, match=r"did not finish within 12 s") as caught:
-        launch(fail_on, 2, 1, "hang", timeout=12)
+    with pytest.raises(RankFailedError, match=r"did not finish within 30 s") as caught:
+        launch(fail_on, 2, 1, "hang", timeout=30)
     assert "in fail_on" in str(caught.value)
-    assert time.monotonic() - start < 40
+    assert time.monotonic() - start < 90
 
 
 def test_a_result_that_cannot_be_sent_names_the_rank():
