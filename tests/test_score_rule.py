@@ -12,7 +12,16 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from sp_compile.score_rule import FUNCTIONS, Assignment, assigns, evaluate, format_rule, mask_ranges, parse
+from sp_compile.score_rule import (
+    FUNCTIONS,
+    Assignment,
+    assigns,
+    evaluate,
+    format_rule,
+    mask_ranges,
+    parse,
+    score_and_derivative,
+)
 
 SIDE, TILE = 4, 2
 ORDERS = ("le", "lt", "ge", "gt", "eq", "ne")
@@ -356,3 +365,32 @@ def test_a_mask_that_depends_on_the_score_is_not_decided():
     assert mask_ranges("mask = gt(score, 0)", []) == (0, 1)
     assert mask_ranges("mask = lookup(table0, x0)", [(np.asarray(0.0), np.asarray(1.0))]) == (0, 1)
     assert mask_ranges("t0 = tanh(x0); mask = gt(t0, 5)", [(np.asarray(0.0), np.asarray(1.0))]) == (0, 1)
+
+
+CHANGES = {
+    **{name: f"score = {name}(score)" for name in ("copy", "float", "neg", "abs", "exp", "exp2", "tanh", "sigmoid")},
+    **{name: f"t0 = exp(score); score = {name}(t0)" for name in ("log", "log2", "log1p", "sqrt")},
+    **{name: f"score = {name}(score, x0)" for name in ("add", "sub", "mul", "div", "maximum", "minimum")},
+    **{f"{name}, second": f"score = {name}(x0, score)" for name in ("sub", "mul", "div")},
+    "pow": "t0 = exp(score); score = pow(t0, 3)",
+    "where": "t0 = gt(score, x0); t1 = mul(score, 2.0); score = where(t0, score, t1)",
+    "a name used again": "score = mul(score, score); score = add(score, x0); t0 = tanh(score); score = mul(t0, 3.0)",
+    "a step": "t0 = floor(score); score = add(t0, x0)",
+}
+
+
+@pytest.mark.parametrize("rule", CHANGES.values(), ids=CHANGES)
+def test_the_derivative_of_a_rule_is_that_of_autograd(rule: str):
+    generator = torch.Generator().manual_seed(0)
+    score, x0 = (torch.randn(5, 7, generator=generator, dtype=torch.float64) for _ in range(2))
+    score.requires_grad_()
+    wanted = evaluate(rule, [x0], ("score",), score)["score"]
+    slope = torch.autograd.grad(wanted.sum(), score)[0] if "floor" not in rule else torch.zeros_like(score)
+    found, derivative = score_and_derivative(rule, [x0], score.detach())
+    torch.testing.assert_close(found, wanted.detach())
+    torch.testing.assert_close(derivative.expand_as(slope) * 1.0, slope)
+
+
+def test_a_derivative_that_is_not_known_is_told():
+    with pytest.raises(ValueError, match="no derivative of 'lookup'"):
+        score_and_derivative("score = lookup(table0, score)", [], torch.zeros(1, 1, 2, 2), [torch.ones(1, 3)])
