@@ -73,6 +73,17 @@ def test_generated_code_for_new_lengths(ranks):
           scheme="contiguous")  # fmt: skip
 
 
+def test_packed_and_padded_batches(ranks):
+    """Requests that position ids pack, and rows with padding on either side."""
+    packed, padded = batch_of((1, 24), slice(0, 3)), batch_of((2, 14), slice(0, 5), 2)
+    packed["position_ids"] = torch.cat([torch.arange(each) for each in (9, 1, 14)])[None]
+    packed["labels"][:, [9, 10]] = -100  # no request predicts the first token of the next
+    padded["attention_mask"] = torch.ones(2, 14, dtype=torch.int64)
+    padded["attention_mask"][0, :5], padded["attention_mask"][1, 11:] = 0, 0
+    padded["labels"][1, 11:] = -100
+    check(ranks, 2, "Llama", packed, padded)
+
+
 def test_autocast_is_as_exact_as_on_one_rank(ranks):
     model, batch = built("Llama"), batch_of((1, 33))
     exact = {name: each.clone() for name, each in stepped(model, batch).items()}
