@@ -69,7 +69,9 @@ def test_the_best_for_each_batch_and_layer(ranks):
     assert max(worst for worst, *_ in first) <= 1e-5
     kinds = [[kind for kind, _ in crossing] for _, crossing, _, _ in first]
     assert kinds[2] == []  # short requests, each whole on a rank
-    assert kinds[1] == ["exchange", "all_gather"]  # the window's halo
+    halo, whole = kinds[1]
+    assert halo == "exchange"
+    assert whole in ("exchange", "all_gather")  # the rank that needs most needs almost all
     assert [layout.scheme for *_, layout in first][2] == "whole"
 
 
