@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from servers import Server, answer, serve, write
+from servers import Server, answer, serve, spent, write
 
 import sp_compile
 from sp_compile.layout import _build as build_layout
-from sp_compile.measure import PeakMemory, machine, versions
+from sp_compile.measure import machine, versions
 
 LENGTHS = {
     "single 2048": [2048],
@@ -105,13 +105,7 @@ def run(kind: str, sp: int, threads: int, folder: str) -> None:
     def reply(order: str) -> float:
         what, name = order.split(":")
         batch = batch_of(LENGTHS[name])
-        if what == "memory":
-            with PeakMemory(torch.device("cpu")) as peak:
-                forward(batch)
-            return peak.bytes
-        start = time.perf_counter()
-        forward(batch)
-        return time.perf_counter() - start
+        return spent(what, lambda: forward(batch))
 
     answer(folder, sp, reply)
 

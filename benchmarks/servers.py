@@ -11,9 +11,11 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 import sp_compile
+from sp_compile.measure import PeakMemory
 
 POLL = 0.05  # seconds between looks at files: processes that wait must not take time from the one that runs
 
@@ -66,6 +68,17 @@ def serve(run: Callable[..., None], arguments: Sequence[str]) -> None:
         sp_compile.launch(run, int(sp), *own, int(sp), int(threads), folder, timeout=7200)
     else:
         run(*own, 1, int(threads), folder)
+
+
+def spent(what: str, run: Callable[[], object]) -> float:
+    """Seconds that something takes, or for ``memory`` the most bytes that it holds on the CPU."""
+    if what == "memory":
+        with PeakMemory(torch.device("cpu")) as peak:
+            run()
+        return peak.bytes
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
 
 
 def answer(orders: str, sp: int, reply: Callable[[str], float]) -> None:

@@ -10,16 +10,15 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from prefill import Setup, llama
-from servers import Server, answer, serve, write
+from servers import Server, answer, serve, spent, write
 
 import sp_compile
-from sp_compile.measure import PeakMemory, machine, versions
+from sp_compile.measure import machine, versions
 
 SETUPS = [
     Setup("torch.compile, 1 thread", "compile", 1, 1),
@@ -42,13 +41,7 @@ def run(kind: str, sp: int, threads: int, folder: str) -> None:
     def reply(order: str) -> float:
         what, tokens = order.split(":")
         model.zero_grad(set_to_none=False)  # gradients are there before and after: what is measured is the step's own
-        if what == "memory":
-            with PeakMemory(torch.device("cpu")) as peak:
-                step(int(tokens))
-            return peak.bytes
-        start = time.perf_counter()
-        step(int(tokens))
-        return time.perf_counter() - start
+        return spent(what, lambda: step(int(tokens)))
 
     answer(folder, sp, reply)
 

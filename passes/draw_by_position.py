@@ -13,8 +13,9 @@ Before::
 
 After::
 
-    %keep = keep_mask(%seed, 3, %rows, 0.1, ...)
-    %dropped = aten.mul(%x, %keep)
+    %element = aten.add(aten.mul(%row, 64), %column); ...
+    %kept = aten.ge(%mixed, 429496730)  # a hash of %seed, the dropout's number and %element
+    %dropped = aten.mul(%x, aten.mul(aten.to(%kept, f32), 1.11))
 """
 
 from __future__ import annotations

@@ -108,8 +108,7 @@ class _Shapes:
         inputs = [self._fake(node) for node in graph.find_nodes(op="placeholder")]
         self.program.local_inputs = inputs
         interpreter = _Recorder(self.program.gm)
-        unbacked = self.shape_env.ignore_fresh_unbacked_symbols()
-        with self.mode, enable_python_dispatcher(), unbacked, torch.no_grad():
+        with self.mode, enable_python_dispatcher(), self.shape_env.ignore_fresh_unbacked_symbols():
             interpreter.run(*inputs)
 
     def symbol(self, name: str, hint: int) -> Any:

@@ -320,8 +320,7 @@ class Compiled:
             program = self._capture(2)
             program.isolated = isolated
             names = [node.name for node in program.graph.find_nodes(op="placeholder")]
-            with torch.no_grad():
-                run_pipeline(program, build_pipeline(ANALYSED), verify=False)
+            run_pipeline(program, build_pipeline(ANALYSED), verify=False)
             on_meta = any(_is_meta(node) for node in program.graph.find_nodes(op="placeholder"))
             isolation = find_isolation(program, torch.device("cpu") if on_meta else None)
             self._analyses[isolated] = Analysis(isolation, names, program)

@@ -110,19 +110,22 @@ def from_pack(values: Iterable[Any]) -> bool:
     return any(isinstance(each, torch.Tensor) and packed_lengths(each) is not None for each in values)
 
 
-def forward_options(module: nn.Module, kwargs: Mapping[str, Any], args: Sequence[Any] = ()) -> dict[str, Any]:
-    """The keyword arguments of a forward; for a batch from ``pack``, as it can be run.
+def forward_options(
+    module: nn.Module, kwargs: Mapping[str, Any], args: Sequence[Any] = (), gradients: bool = False
+) -> dict[str, Any]:
+    """The keyword arguments of a forward; for a batch from ``pack``, or with ``gradients``, as it can be run.
 
-    ``use_cache=False`` where it does not say: nothing could be decoded from a cache of several requests. And no
-    ``position_ids`` that the forward does not take.
+    ``use_cache=False`` where it does not say: nothing could be decoded from a cache of several requests, and none is
+    filled in training. And no ``position_ids`` of ``pack`` that the forward does not take.
     """
-    if not from_pack([*args, *kwargs.values()]):
+    packed = from_pack([*args, *kwargs.values()])
+    if not packed and not gradients:
         return dict(kwargs)
     parameters = inspect.signature(module.forward).parameters
     passes_on = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
     configured = hasattr(getattr(module, "config", None), "use_cache")
     takes_cache = "use_cache" in parameters or (passes_on and configured)
-    if "position_ids" not in parameters and not passes_on:
+    if packed and "position_ids" not in parameters and not passes_on:
         kwargs = without_packed_positions(module, kwargs)
     return {"use_cache": False, **kwargs} if takes_cache else dict(kwargs)
 

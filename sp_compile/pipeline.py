@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
+
 from sp_compile.errors import (
     ConfigError,
     PassCrashError,
@@ -176,7 +178,8 @@ def run_pipeline(
             _check(program, each.requires, PreconditionError, f"before pass {each.name!r}")
         start = time.perf_counter()
         try:
-            each.run(program)
+            with torch.no_grad():  # values are computed for their shapes
+                each.run(program)
         except SPCompileError:
             raise
         except Exception as error:

@@ -47,7 +47,7 @@ from sp_compile.passes.shard_attention import ShardAttention
 from sp_compile.pipeline import Pass, PassStep, build_pipeline, run_pipeline
 from sp_compile.program import Program
 from sp_compile.report import Report
-from sp_compile.training import check_labels, check_weights, fresh_seed, without_new_cache
+from sp_compile.training import check_labels, check_weights, fresh_seed
 
 ISOLATE = "isolate_requests"
 HIDDEN_SIZE = 4096  # where the model does not tell
@@ -120,14 +120,12 @@ class ParallelModule(nn.Module):
         named = dict(zip(self._signature.parameters, args, strict=False)) | kwargs
         if named.get("past_key_values") is not None:
             return self.forward_with_cache((), named)
-        kwargs = self.options(kwargs, args)
         self._differentiates = torch.is_grad_enabled() and (self.training or self.compile_config.gradients == "always")
+        kwargs = forward_options(self.module, kwargs, args, self._differentiates)
         with fingerprint.naming_failed_ranks(self.group):
-            if self._differentiates:
-                kwargs = without_new_cache(self.module, kwargs)
-                if not self._weights_checked:
-                    check_weights(self.module, self.group)
-                    self._weights_checked = True
+            if self._differentiates and not self._weights_checked:
+                check_weights(self.module, self.group)
+                self._weights_checked = True
             named, self.layout = self._agree(args, kwargs)
             return self._apart(args, kwargs, self._prepare(named, self.layout))
 
@@ -243,8 +241,7 @@ class ParallelModule(nn.Module):
         program.counted, program.strategies = kind.counted, kind.strategies
         program.hints = hints or {}
         program.compiled = self.compile_config.codegen == "inductor"
-        with torch.no_grad():
-            steps = run_pipeline(program, self.pipeline, self.compile_config.verify_passes, trace)
+        steps = run_pipeline(program, self.pipeline, self.compile_config.verify_passes, trace)
         return program, steps
 
     def measure_rates(self) -> None:

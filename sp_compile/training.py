@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -46,9 +45,3 @@ def check_labels(named: Mapping[str, torch.Tensor], tokens: torch.Tensor) -> Non
     labels = named.get("labels")
     if labels is not None and labels.dim() == 2 and tokens.dim() > 1 and labels.shape != tokens.shape[:2]:
         raise BatchError(f"labels have shape {list(labels.shape)}, the tokens {list(tokens.shape[:2])}; pass one each")
-
-
-def without_new_cache(module: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a forward in training: no cache where none is asked for."""
-    cached = hasattr(getattr(module, "config", None), "use_cache")
-    return {"use_cache": False, **kwargs} if cached else dict(kwargs)

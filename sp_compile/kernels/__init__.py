@@ -15,7 +15,7 @@ from sp_compile.kernels.backward import Gradients, attend_backward
 from sp_compile.kernels.backward import Saved as Saved
 from sp_compile.kernels.dense import Partial
 from sp_compile.kernels.plan import plan_regions
-from sp_compile.kernels.regions import as_regions
+from sp_compile.kernels.regions import Region, as_regions
 
 
 def attend(
@@ -35,7 +35,7 @@ def attend(
         wide = torch.float64 if kernel == "dense_fp64" else None
         out, lse = dense.attend(q, k, v, operands, tables, rule, scale, valid, wide)
         return out, lse.to(dense.accumulated(q.dtype))
-    regions = plan_regions(operands, tables, rule, valid, q.shape[2], k.shape[2]) if plan is None else as_regions(plan)
+    regions = _regions(q, k, operands, tables, rule, plan, valid)
     return tiles.attend(q, k, v, operands, tables, rule, scale, regions, valid)
 
 
@@ -49,10 +49,23 @@ def gradients(
     valid: torch.Tensor | None,
 ) -> Gradients:
     """Gradients of an attention's q, k and v, whatever kernel ran it."""
-    q, k = saved.q, saved.k
-    regions = plan_regions(operands, tables, rule, valid, q.shape[2], k.shape[2]) if plan is None else as_regions(plan)
+    q, k, v = saved[:3]
+    regions = _regions(q, k, operands, tables, rule, plan, valid)
     dq, dk, dv = attend_backward(saved, operands, tables, rule, scale, regions, valid)
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(saved.v.dtype)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _regions(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    operands: Sequence[torch.Tensor],
+    tables: Sequence[torch.Tensor],
+    rule: str,
+    plan: torch.Tensor | None,
+    valid: torch.Tensor | None,
+) -> list[Region]:
+    """Those of the plan, or planned here."""
+    return plan_regions(operands, tables, rule, valid, q.shape[2], k.shape[2]) if plan is None else as_regions(plan)
 
 
 def with_means(

@@ -20,8 +20,7 @@ def placed(bucket_bytes: int, frozen: tuple[str, ...] = ()) -> Program:
         program = Captured(gm).program(2, "pretend", "full")
         options = [{each.name: {"bucket_bytes": bucket_bytes}} if isinstance(each, PlaceGradients) else each.name
                    for each in build_pipeline()]  # fmt: skip
-        with torch.no_grad():
-            run_pipeline(program, build_pipeline(options))
+        run_pipeline(program, build_pipeline(options))
         found.append(program)
         return gm.forward
 

@@ -106,8 +106,7 @@ def planned_for_training(frozen: bool) -> Any:
         passes = ("normalize", "raise_attention", "shard_tokens", "propagate_placements", "shard_attention",
                   "plan_attention")  # fmt: skip
         try:
-            with torch.no_grad():
-                run_pipeline(program, build_pipeline(passes))
+            run_pipeline(program, build_pipeline(passes))
             found.append(program)
         except UnsupportedModelError as error:
             found.append(error)
