@@ -24,8 +24,8 @@ from sp_compile.passes.split_losses import SplitLosses
 DEFAULT = (
     Normalize,
     SplitLosses,
-    DrawByPosition,
     RaiseAttention,
+    DrawByPosition,
     IsolateRequests,
     ShardTokens,
     PropagatePlacements,
