@@ -4,6 +4,7 @@ if __name__ != "sp_compile.passes":
     raise ImportError("import sp_compile.passes: the folder 'passes' is installed under that name")
 
 from sp_compile.passes.draw_by_position import DrawByPosition
+from sp_compile.passes.drop_logits import DropLogits
 from sp_compile.passes.isolate_requests import IsolateRequests
 from sp_compile.passes.localize_shapes import LocalizeShapes
 from sp_compile.passes.lower_attention import LowerAttention
@@ -24,6 +25,7 @@ from sp_compile.passes.split_losses import SplitLosses
 DEFAULT = (
     Normalize,
     SplitLosses,
+    DropLogits,
     RaiseAttention,
     DrawByPosition,
     IsolateRequests,

@@ -21,7 +21,6 @@ After::
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
@@ -31,7 +30,7 @@ from sp_compile.invariants import CANONICAL, LOSSES_SPLIT
 from sp_compile.pipeline import Pass
 from sp_compile.placements import REPLICATE
 from sp_compile.program import Program, add_call
-from sp_compile.rules.reductions import splittable
+from sp_compile.rules.reductions import loss_arguments, splittable
 
 aten = torch.ops.aten
 NONE, MEAN = 0, 1  # how torch numbers reductions; 2 is a sum
@@ -47,17 +46,14 @@ class SplitLosses(Pass):
 
     def run(self, program: Program) -> None:
         """Rewrite in place."""
-        if not program.parallel:
+        if not program.parallel and program.outputs != "loss":
             return
         for node in program.graph.find_nodes(op="call_function", target=aten.cross_entropy_loss.default):
             if splittable(node):
                 self._split(program, node)
 
     def _split(self, program: Program, node: fx.Node) -> None:
-        named: dict[str, Any] = {"weight": None, "reduction": MEAN, "ignore_index": -100, "label_smoothing": 0.0}
-        named |= {**dict(zip(named, node.args[2:], strict=False)), **node.kwargs}
-        logits, labels = node.args[:2]
-        _, reduction, ignored, smoothing = named.values()
+        logits, labels, _, reduction, ignored, smoothing = loss_arguments(node).values()
         graph = program.graph
         with graph.inserting_before(node):
             args = (logits, labels, None, NONE, ignored, smoothing)

@@ -18,7 +18,7 @@ from sp_compile.layout import SCHEMES
 
 CHOICES = {
     "scheme": (*SCHEMES, "auto"),
-    "outputs": ("full", "sharded"),
+    "outputs": ("full", "sharded", "loss"),
     "gradients": ("training", "always"),
     "codegen": ("inductor", "eager"),
     "dtype": ("float32", "float64", "bfloat16", "float16"),
@@ -53,7 +53,8 @@ class CompileConfig(_Checked):
         scheme: who holds which tokens: ``contiguous``; ``zigzag``, which balances causal attention; ``whole``, which
             leaves short requests on one rank; ``chunked``, which balances any mix of requests; ``auto`` for what is
             predicted to be fastest for the batch (``zigzag`` for new tokens beside a cache).
-        outputs: ``full``: whole, in normal order, on every rank; ``sharded``: left on the ranks.
+        outputs: ``full``: whole, in normal order, on every rank; ``sharded``: left on the ranks;
+            ``loss``: only single values, such as the loss, and None for all others; logits then never exist whole.
         codegen: ``inductor`` generates code, ``eager`` runs the rewritten graph as it is.
         gradients: when torch records what is computed: ``training``: in training mode; ``always``: in evaluation too,
             unless under ``torch.no_grad``.

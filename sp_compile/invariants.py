@@ -241,9 +241,18 @@ def _overlapped(program: Program) -> None:
 
 
 def _losses_split(program: Program) -> None:
+    wanted = program.parallel or program.outputs == "loss"
     for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten.cross_entropy_loss.default):
-        if program.parallel and splittable(node):
+        if wanted and splittable(node):
             raise Violation(node, "a loss for each row, summed after it", "one that is reduced at once")
+
+
+def _logits_dropped(program: Program) -> None:
+    if program.outputs != "loss":
+        return
+    for node in program.graph.output_node().all_input_nodes:
+        if shape_of(node):
+            raise Violation(node, "outputs that are single values", f"shape {list(shape_of(node))}")
 
 
 def _drawn(program: Program) -> None:
@@ -266,6 +275,7 @@ CANONICAL = Invariant("canonical", _canonical)
 RAISED = Invariant("attention_raised", _raised)
 APART = Invariant("requests_apart", _apart)
 LOSSES_SPLIT = Invariant("losses_by_rows", _losses_split)
+LOGITS_DROPPED = Invariant("logits_dropped", _logits_dropped)
 DRAWN = Invariant("drawn_by_position", _drawn)
 TOKENS_SHARDED = Invariant("tokens_sharded", _tokens_sharded)
 PLACED = Invariant("placed", _placed)

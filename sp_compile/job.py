@@ -123,7 +123,9 @@ def run_job(job: JobConfig, show: Show = silent) -> JobResult | None:
         RankFailedError: a rank raised, died, or did not finish in time.
     """
     if job.run.compare and job.compile.outputs != "full":
-        raise ConfigError('compile.outputs="sharded" leaves nothing whole to compare; set run.compare=false')
+        raise ConfigError(
+            f'compile.outputs="{job.compile.outputs}" leaves nothing whole to compare; set run.compare=false'
+        )
     result: JobResult | None = on_ranks(run_rank, job, show)
     return result
 

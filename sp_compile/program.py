@@ -52,7 +52,7 @@ class Program:
         sp: number of ranks.
         group_name: process group of the collectives.
         token_inputs: placeholders whose rows are cut to the rank's, with their token dim.
-        outputs: ``full`` or ``sharded``.
+        outputs: ``full``, ``sharded`` or ``loss``.
         isolated: made for packed batches that the model itself would mix.
         counted: requests are apart, and ``position_ids`` count the tokens of each.
         strategies: those of each attention that suit the batch, where the pipeline says ``auto``.

@@ -73,6 +73,14 @@ def test_generated_code_for_new_lengths(ranks):
           scheme="contiguous")  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["Gemma2", "Qwen3Moe"])
+def test_a_loss_whose_logits_never_exist(ranks, name: str):
+    """Capped logits; a loss of the experts besides; rows of a batch, one of them without labels."""
+    rows = batch_of((2, 13), slice(0, 3), 2)
+    rows["labels"][1] = -100
+    check(ranks, 2, name, batch_of(), rows, outputs="loss")
+
+
 def test_packed_and_padded_batches(ranks):
     """Requests that position ids pack, and rows with padding on either side."""
     packed, padded = batch_of((1, 24), slice(0, 3)), batch_of((2, 14), slice(0, 5), 2)
@@ -148,7 +156,7 @@ def trained(name: str, steps: int, accumulated: int, outputs: str) -> list[float
     return losses
 
 
-@pytest.mark.parametrize("outputs", ["full", "sharded"])
+@pytest.mark.parametrize("outputs", ["full", "sharded", "loss"])
 def test_twenty_steps_track_those_of_one_rank(ranks, outputs: str):
     expected = torch.tensor(trained("Llama", 20, 2, "full"))
     assert expected[-6:].mean() < expected[:6].mean()

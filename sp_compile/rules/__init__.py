@@ -67,6 +67,7 @@ RULES: dict[str, Rule] = _table(
         "aten::linalg_vector_norm aten::norm aten::median aten::kthvalue aten::glu",
         reductions.sum_rows: "sum_rows",
         reductions.row_losses: "aten::cross_entropy_loss",
+        reductions.linear_losses: "sp_compile::linear_cross_entropy",
         reductions.diff: "aten::diff",
         reductions.last_dims: "aten::layer_norm aten::native_layer_norm aten::rms_norm aten::_fused_rms_norm",
         # look-ups

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import sympy
 from torch import fx
 
@@ -39,9 +41,15 @@ def sum_rows(call: Call) -> Outcome:
     return Outcome(Partial("sum"))
 
 
+def loss_arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of a cross-entropy, in the order of its schema."""
+    values = Call(node, sympy.Symbol("tokens"), {}).arguments()
+    return {each.name: values[each.name] for each in node.target._schema.arguments}
+
+
 def splittable(node: fx.Node) -> bool:
     """Whether a cross-entropy is one of rows, ``[rows, classes]`` and a label each, that is reduced to one value."""
-    values = Call(node, sympy.Symbol("tokens"), {}).arguments()
+    values = loss_arguments(node)
     logits, labels = values["self"], values["target"]
     by_rows = len(shape_of(logits)) == 2 and len(shape_of(labels)) == 1 and not is_float(labels)
     return by_rows and values["weight"] is None and values["reduction"] != 0
@@ -55,6 +63,16 @@ def row_losses(call: Call) -> Outcome:
     if values["reduction"] or rank_of(logits) != 2 or rank_of(labels) != 1 or placement.dim:
         raise NoRule("reduces over rows, or has more than one label a row")
     needs: dict[fx.Node, Placement] = {**replicate_others(call, logits, labels), labels: placement.at(0)}
+    return Outcome(placement.at(0), needs)
+
+
+def linear_losses(call: Call) -> Outcome:
+    """:func:`sp_compile.linear_loss.linear_cross_entropy`: each rank computes those of its own rows."""
+    rows, labels = call.node.args[0], call.node.args[3]
+    placement = only_input(call, rows)
+    if placement.dim:
+        raise NoRule("runs over the token dim")
+    needs: dict[fx.Node, Placement] = {**replicate_others(call, rows, labels), labels: placement.at(0)}
     return Outcome(placement.at(0), needs)
 
 
