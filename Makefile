@@ -1,5 +1,6 @@
 # make demo       set up and run the main job on two local ranks
 # make test       set up and run the tests; make test-all adds the slow ones
+# make test-gpu   set up and run the tests that need a GPU, on one
 # make check      ruff and mypy
 # make golden     write the golden graph diffs anew, for review with git diff
 VENV ?= .venv
@@ -13,10 +14,10 @@ ARGS ?= sp=2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt $(PIP_ARGS)
 # A test's own ranks share the cores with those of the other workers: one thread each, and none that spins.
-PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 READY := $(VENV)/.installed
 
-.PHONY: demo test test-all check golden clean
+.PHONY: demo test test-all test-gpu check golden clean
 
 demo: $(READY)
 	$(BIN)/sp-compile run $(CONFIG) $(ARGS)
@@ -26,6 +27,9 @@ test: $(READY)
 
 test-all: $(READY)
 	$(PYTEST) $(PYTEST_ARGS)
+
+test-gpu: $(READY)
+	$(PYTEST) --numprocesses 1 -m cuda tests/test_cuda.py $(PYTEST_ARGS)
 
 # mypy cannot see that the folder passes/ is the package sp_compile.passes; a tree of links can show it.
 check: $(READY)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from sp_compile import fingerprint
 from sp_compile import mesh as meshes
@@ -46,7 +47,7 @@ def parallelize(
         MeshError: ``sp`` does not fit the ranks there are.
         ConfigError: an unknown option, pass or strategy.
         PipelineError: the pipeline's order breaks an invariant, or it ends before ranks could run the graph.
-        UnsupportedModelError: the model is already parallel, or mixes devices.
+        UnsupportedModelError: the model is already parallel, mixes devices, or has parameters that are DTensors.
         RankMismatchError: ranks disagree on the model or the configuration.
     """
     group = meshes.resolve(sp, mesh)
@@ -192,6 +193,11 @@ def _check_model(model: nn.Module) -> None:
         examples = ", ".join(next(f"{name} on {each}" for name, t in tensors if t.device == each) for each in devices)
         raise UnsupportedModelError(f"the model lies on several devices ({examples}); move it to one")
     for name, tensor in model.named_parameters():
+        if isinstance(tensor, DTensor):
+            raise UnsupportedModelError(
+                f"{name} is spread over the mesh axes {tensor.device_mesh.mesh_dim_names}: tensor parallelism is not "
+                "supported, and fully_shard goes around what parallelize returns"
+            )
         if tensor.is_floating_point() and tensor.dtype not in FLOATS:
             raise UnsupportedModelError(f"{name} is {tensor.dtype}; supported are {', '.join(map(str, FLOATS))}")
 

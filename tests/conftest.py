@@ -23,7 +23,7 @@ def ranks(_pools: dict[int, RankPool]) -> Callable[[int], RankPool]:
 
     def pool(sp: int) -> RankPool:
         for other, each in _pools.items():
-            if other != sp and other > 2:
+            if other != sp and min(sp, other) > 2:
                 each.close()  # many ranks take much memory
         return _pools.setdefault(sp, RankPool(sp))
 

@@ -167,6 +167,7 @@ def test_twenty_steps_track_those_of_one_rank(ranks, outputs: str):
 def refusals() -> list[str]:
     """What bad input to a step of training says."""
     import torch.distributed as dist
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
     import sp_compile
 
@@ -192,17 +193,25 @@ def refusals() -> list[str]:
         with torch.no_grad():
             other.get_parameter("model.norm.weight")[40] += 1
     found.append(told(lambda: sp_compile.parallelize(other, codegen="eager")(**batch)))
+    spread = built("Llama")
+    parallelize_module(
+        spread, dist.init_device_mesh("cpu", (2,), mesh_dim_names=("tp",)), {"lm_head": ColwiseParallel()}
+    )
+    found.append(told(lambda: sp_compile.parallelize(spread, codegen="eager")))
     return found
 
 
 def test_bad_input_is_refused(ranks):
-    for labels, dropout, twice, ignored, weights in ranks(2).run(refusals):
+    for labels, dropout, twice, ignored, weights, spread in ranks(2).run(refusals):
         assert labels == f"{BatchError.__name__}: labels have shape [1, 12], the tokens [1, 13]; pass one each"
         assert dropout.startswith(UnsupportedModelError.__name__)
         assert "draws random numbers" in dropout
         assert "backward through the graph a second time" in twice
         assert ignored == "nan"
         assert weights.startswith(f"{RankMismatchError.__name__}: ranks disagree on the parameter model.norm.weight")
+        assert spread.startswith(
+            f"{UnsupportedModelError.__name__}: lm_head.weight is spread over the mesh axes ('tp',)"
+        )
 
 
 @pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
