@@ -38,13 +38,15 @@ from sp_compile.symbols import shape_of
 
 aten = torch.ops.aten
 OPTIONS = {
-    "BACKEND": "AUTO",
+    "BACKEND": "TRITON",  # AUTO takes a kernel for fewer than 128 queries that gives wrong results with these sizes
     "PRESCALE_QK": False,
     "ROWS_GUARANTEED_SAFE": False,
     "BLOCKS_ARE_CONTIGUOUS": False,
     "WRITE_DQ": True,
     "OUTPUT_MAX": False,
 }
+LARGE = 128  # head dims up to which torch's tiles fit into the shared memory of a GPU
+LARGE_TILES = {2: {"BLOCK_M": 64, "BLOCK_N": 32}, 4: {"BLOCK_M": 32, "BLOCK_N": 16}}  # by bytes of an element
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class _Lowering:
         """Replace one attention node; new nodes go in front of it."""
         args = ops.AttentionArgs(*node.args)
         score, mask = (self._function(args, output) for output in ("score", "mask"))
-        options = {**OPTIONS, "OUTPUT_LOGSUMEXP": ops.attention_part(node, 1) is not None}
+        options = {**OPTIONS, **_tile(args), "OUTPUT_LOGSUMEXP": ops.attention_part(node, 1) is not None}
         # code for CPUs takes its inputs for tensors of four dims in memory, which views of products or gathers are not
         q, k, v = args.q, args.k, args.v
         if self._fills_up(args):
@@ -171,7 +173,10 @@ class _Lowering:
         for i in range(2):  # partial and full blocks
             listed = self._once(aten.select.int, plan, 3, i)
             parts += [self._once(aten.select.int, listed, 3, 0), self._once(aten.slice.Tensor, listed, 3, 1)]
-        parts = [self._once(aten.clone.default, each) for each in parts]
+        if device.type == "cpu":
+            parts = [self._once(aten.clone.default, each) for each in parts]
+        else:  # code for GPUs takes the one head's stride for that of the rows, which it is not in a clone's layout
+            parts = [self._captured(each, (0, 1, 2, 3)[: 3 + i % 2]) for i, each in enumerate(parts)]
         stand_ins = [torch.zeros([1] * dims, dtype=torch.int32) for dims in (3, 4, 3, 4)]
         count, which, full_count, full_which = stand_ins
         example = BlockMask.from_kv_blocks(
@@ -186,6 +191,13 @@ class _Lowering:
         if key not in self.made:
             self.made[key] = self.graph.call_function(target, args)
         return self.made[key]
+
+
+def _tile(args: ops.AttentionArgs) -> dict[str, int]:
+    """Queries and keys that a GPU computes at a time, where torch has no choice of its own that fits."""
+    q, v = args.q.meta["val"], args.v.meta["val"]
+    large = q.device.type != "cpu" and max(q.shape[-1], v.shape[-1]) > LARGE
+    return LARGE_TILES[q.element_size()] if large else {}
 
 
 def _ones(size: int) -> torch.Tensor:

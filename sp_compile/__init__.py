@@ -3,17 +3,23 @@
 import importlib
 from typing import Any
 
-from sp_compile import loss
+from sp_compile import data, loss
 from sp_compile.api import Verification, explain, parallelize, verify
 from sp_compile.batch import PackedBatch, pack
 from sp_compile.errors import SPCompileError
 from sp_compile.launch import launch
 from sp_compile.layout import TokenLayout, token_layout
+from sp_compile.processes import as_one_process
 from sp_compile.report import Report
 from sp_compile.runtime import ParallelModule
 
 __version__ = "0.1.0"
-WITH_TRANSFORMERS = {"ShardedCache": "cache", "Completion": "generation", "generate": "generation"}
+WITH_TRANSFORMERS = {
+    "Completion": "generation",
+    "ShardedCache": "cache",
+    "Trainer": "trainer",
+    "generate": "generation",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -31,7 +37,10 @@ __all__ = [
     "SPCompileError",
     "ShardedCache",
     "TokenLayout",
+    "Trainer",
     "Verification",
+    "as_one_process",
+    "data",
     "explain",
     "generate",
     "launch",

@@ -19,7 +19,7 @@ from sp_compile.errors import UnsupportedModelError
 from sp_compile.inputs import requests_alone
 from sp_compile.pipeline import check_complete
 from sp_compile.report import Report
-from sp_compile.runtime import ParallelModule
+from sp_compile.runtime import ParallelModule, device_of
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -44,7 +44,7 @@ def parallelize(
             ``codegen="eager"`` or ``strict=True``.
 
     Raises:
-        MeshError: ``sp`` does not fit the ranks there are.
+        MeshError: ``sp`` does not fit the ranks there are, or their backend the model's device.
         ConfigError: an unknown option, pass or strategy.
         PipelineError: the pipeline's order breaks an invariant, or it ends before ranks could run the graph.
         UnsupportedModelError: the model is already parallel, mixes devices, or has parameters that are DTensors.
@@ -54,6 +54,7 @@ def parallelize(
     with fingerprint.agreement(group) as fields:
         chosen = compile_config(config, **overrides)
         _check_model(model)
+        meshes.check_device(group, device_of(model))
         parallel = ParallelModule(model, group, chosen)
         check_complete(parallel.pipeline)
         meshes.check_nodes(group, chosen.ranks_per_node)

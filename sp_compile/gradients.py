@@ -120,7 +120,7 @@ class _Share(Function):
     @staticmethod
     def forward(ctx: Any, value: torch.Tensor, ranks: int) -> torch.Tensor:
         ctx.ranks = ranks
-        return value.view_as(value)
+        return value.clone()  # of a view, autograd forbids what Trainer does: loss *= 1
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:

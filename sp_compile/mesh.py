@@ -91,6 +91,19 @@ def resolve(sp: int | None, mesh: Any = None) -> Group:
     return _group_of_world(sp, world)
 
 
+def check_device(group: Group, device: torch.device) -> None:
+    """Check that the group can exchange what lies on a device.
+
+    Raises:
+        MeshError: gloo is to exchange tensors on a GPU, in which torch crashes.
+    """
+    if group.process_group is not None and device.type == "cuda" and dist.get_backend(group.process_group) == "gloo":
+        raise MeshError(
+            "the model is on a GPU and the ranks are connected by gloo, which cannot exchange what lies there; give "
+            'each rank a GPU of its own and connect them by init_process_group("cpu:gloo,cuda:nccl")'
+        )
+
+
 def check_nodes(group: Group, ranks_per_node: int | None) -> None:
     """Check that a group can be cut into nodes of so many adjacent ranks.
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from sp_compile import fingerprint
+from sp_compile import fingerprint, processes
 from sp_compile.capture import Captured
 from sp_compile.compiled import Compiled, Kept, Kind, Step, index_inputs
 from sp_compile.config import CompileConfig
@@ -81,7 +81,7 @@ class ParallelModule(nn.Module):
         self.group = group
         self.compile_config = config
         self.layout: TokenLayout | None = None
-        self.rates = rates_of(_device(module), config.link_rate, config.compute_rate)
+        self.rates = rates_of(device_of(module), config.link_rate, config.compute_rate)
         self.pipeline: tuple[Pass, ...] = build_pipeline(config.pipeline, config.attention, config.kernel)
         self._signature = inspect.signature(module.forward)
         self._compiled: list[Compiled] = []
@@ -90,7 +90,8 @@ class ParallelModule(nn.Module):
         self._step: Step | None = None
         self._explained: Mapping[str, Any] | None = None
         self._kept = Kept()
-        self._differentiates = self._weights_checked = False
+        self._differentiates = False
+        self._trained: list[nn.Parameter] | None = None
         self.training = module.training
         self._traced = Traced(module, self._backend)
         self.__dict__["forward"] = _with_signature_of(module.forward, self.forward)
@@ -100,6 +101,17 @@ class ParallelModule(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("module"), name)
+
+    @property
+    def peft_config(self) -> Any:
+        """The model's; adapters belong into it."""
+        return self.module.peft_config
+
+    @peft_config.setter
+    def peft_config(self, _: Any) -> None:
+        raise UnsupportedModelError(
+            "PEFT cannot save adapters around a parallel model; make it by parallelize(get_peft_model(model, config))"
+        )
 
     @property
     def compiles(self) -> int:
@@ -123,9 +135,8 @@ class ParallelModule(nn.Module):
         self._differentiates = torch.is_grad_enabled() and (self.training or self.compile_config.gradients == "always")
         kwargs = forward_options(self.module, kwargs, args, self._differentiates)
         with fingerprint.naming_failed_ranks(self.group):
-            if self._differentiates and not self._weights_checked:
-                check_weights(self.module, self.group)
-                self._weights_checked = True
+            if self._differentiates:
+                self._check_weights()
             named, self.layout = self._agree(args, kwargs)
             return self._apart(args, kwargs, self._prepare(named, self.layout))
 
@@ -248,7 +259,7 @@ class ParallelModule(nn.Module):
         """Measure :attr:`rates`, but for those that the configuration names; on every rank at the same time."""
         tensors = [each for each in self.module.parameters() if each.is_floating_point()]
         dtype = tensors[0].dtype if tensors else torch.float32
-        found, config = measured_rates(self.group, _device(self.module), dtype), self.compile_config
+        found, config = measured_rates(self.group, device_of(self.module), dtype), self.compile_config
         self.rates = found.but(config.link_rate, config.compute_rate)
 
     def _choose(self, layout: TokenLayout, attentions: Sequence[Attention], apart: bool) -> tuple[str, ...]:
@@ -265,13 +276,22 @@ class ParallelModule(nn.Module):
 
     def _agree(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], TokenLayout]:
         """Lay the batch out; ranks that cannot, or have another batch, are named on all."""
-        with self._agreement() as fields:
+        with processes.advising(self.group), self._agreement() as fields:
+            if self._compares_inputs:
+                processes.check_caller(kwargs, self.group)
             named, layout = self._lay_out(args, kwargs)
             if self._compares_inputs:
                 others = {name: each for name, each in kwargs.items() if not isinstance(each, torch.Tensor)}
                 fields.update(fingerprint.of_inputs(named, layout.lengths, others))
                 fields["whether pack made the batch"] = str(from_pack(named.values()))
         return named, layout
+
+    def _check_weights(self) -> None:
+        """Compare what is trained with other ranks', at first and whenever there are other parameters."""
+        trained = [each for each in self.module.parameters() if each.requires_grad]
+        if self._trained is None or [*map(id, trained)] != [*map(id, self._trained)]:
+            check_weights(self.module, self.group)
+            self._trained = trained  # alive, so that no other gets the id of one of them
 
     @property
     def _compares_inputs(self) -> bool:
@@ -298,7 +318,7 @@ class ParallelModule(nn.Module):
         return choose_scheme(lengths, self.group.size, PAIRS_PER_FEATURE * hidden)
 
     def _device(self, named: Mapping[str, torch.Tensor]) -> torch.device:
-        return _device(self.module, token_input(named)[1])
+        return device_of(self.module, token_input(named)[1])
 
     def _prepare(self, named: Mapping[str, torch.Tensor], layout: TokenLayout) -> Step:
         tokens = token_input(named)[1]
@@ -388,7 +408,7 @@ class ParallelModule(nn.Module):
             )
 
 
-def _device(module: nn.Module, *others: torch.Tensor) -> torch.device:
+def device_of(module: nn.Module, *others: torch.Tensor) -> torch.device:
     """Where a model is, or what it gets."""
     tensors = itertools.chain(module.parameters(), module.buffers(), others)
     return next((each.device for each in tensors), torch.device("cpu"))

@@ -27,6 +27,7 @@ REFUSED = {
         "it does not tell for each head which queries see no key, which get the mean of the values in this model"),
     "small heads": (GPU, {"head_dim": 8}, "it takes head dims of at least 16 on a GPU, not 8"),
     "small values": (GPU, {"value_dim": 4}, "it takes head dims of at least 16 on a GPU, not 4"),
+    "large heads": (GPU, {"value_dim": 512}, "it takes head dims of at most 256 on a GPU, not 512"),
     "a log-sum-exp": (CPU, {"lse": True}, "it returns no log-sum-exp on a CPU, which the model uses"),
 }  # fmt: skip
 

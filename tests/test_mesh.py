@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from sp_compile.errors import MeshError
 from sp_compile.launch import launch
-from sp_compile.mesh import Group, check_nodes, pretend, resolve, single, with_nodes
+from sp_compile.mesh import Group, check_device, check_nodes, pretend, resolve, single, with_nodes
 
 WORLD = 4
 C10D = torch.ops._c10d_functional
@@ -194,3 +194,16 @@ def test_under_torchrun_the_world_is_joined(monkeypatch):
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def test_gloo_is_not_asked_to_exchange_what_lies_on_a_gpu(monkeypatch: pytest.MonkeyPatch):
+    group = Group(2, 0, "ranks", object())
+    for backend, refused in (("gloo", True), ("nccl", False), ("cpu:gloo,cuda:nccl", False)):
+        monkeypatch.setattr(dist, "get_backend", lambda _, backend=backend: backend)
+        check_device(group, torch.device("cpu"))
+        check_device(single(), torch.device("cuda"))
+        if refused:
+            with pytest.raises(MeshError, match="connected by gloo"):
+                check_device(group, torch.device("cuda"))
+        else:
+            check_device(group, torch.device("cuda"))

@@ -64,8 +64,10 @@ def _flex(need: Need) -> str | None:
     if need.empty_mean and need.mask_per_head:
         return "it does not tell for each head which queries see no key, which get the mean of the values in this model"
     if need.device == "cuda":
-        small = min(need.head_dim, need.value_dim)
-        return f"it takes head dims of at least 16 on a GPU, not {small}" if small < 16 else None
+        small, large = sorted((need.head_dim, need.value_dim))
+        if small < 16:
+            return f"it takes head dims of at least 16 on a GPU, not {small}"
+        return f"it takes head dims of at most 256 on a GPU, not {large}" if large > 256 else None
     if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         return "it needs a CPU with AVX2"
     if need.lse:

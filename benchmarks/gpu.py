@@ -1,0 +1,338 @@
+"""Attention of every rank of a layout on one GPU, one rank after another, without communication.
+
+Run ``python benchmarks/gpu.py`` on an otherwise idle GPU; ``--help`` shows what can be chosen. The shapes are those of
+Llama-3-8B: 32 query and 8 key/value heads of 128 dims, bf16. A rank's queries meet the keys that a strategy brings, in
+the order in which they come, under the block mask that is planned for them; the code is FlexAttention's for any length,
+as in compiled models. Beside each rank stand torch's kernels on one causal sequence with as many visible pairs of query
+and key, FlexAttention with code for that length alone. Times are those of CUDA events, medians of interleaved rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from sp_compile import kernels, needs
+from sp_compile.kernels import flex
+from sp_compile.kernels.plan import joined_with_valid, plan_regions
+from sp_compile.kernels.regions import as_tensor
+from sp_compile.layout import TokenLayout, token_layout
+from sp_compile.measure import machine, versions
+
+HEADS, KV_HEADS, WIDTH = 32, 8, 128
+SHARES = (0.27, 0.05, 0.01, 0.2, 0.12, 0.16, 0.08)  # of the tokens, by the first seven of eight packed requests
+STRATEGIES = ("allgather_kv", "fetch")
+RULE = "t0 = eq(x0, x1); t1 = le(x2, x3); mask = and(t0, t1)"  # of transformers' mask for packed requests
+SDPA = {"flash SDPA": SDPBackend.FLASH_ATTENTION, "cuDNN SDPA": SDPBackend.CUDNN_ATTENTION}
+ROUNDED = 128  # tokens of a sequence that stands for an area
+DEVICE = torch.device("cuda")
+Run = Callable[[], Any]
+SEES = flex.rule_graph(
+    torch.nn.Module(), joined_with_valid(RULE, 4), "mask", dict(enumerate(((2,), (3,), (3,), (2,), (3,)))), {}
+)
+
+
+@torch.compile(fullgraph=True)
+def of_any_length(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: BlockMask) -> Any:
+    return flex_attention(q, k, v, block_mask=blocks, enable_gqa=True)
+
+
+@torch.compile(fullgraph=True, dynamic=False)
+def of_one_length(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: BlockMask) -> Any:
+    return flex_attention(q, k, v, block_mask=blocks, enable_gqa=True)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Queries of a rank and the keys that it gets, as rows of the batch.
+
+    Attributes:
+        queries, keys: int64, normal-order rows; 0 on padding.
+        real: bool, keys that are no padding.
+        area: pairs of a query and a key that it sees.
+    """
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    real: torch.Tensor
+    area: int
+
+
+def batches(tokens: int) -> dict[str, tuple[int, ...]]:
+    """Lengths of the requests, by the name of the batch."""
+    counts = [int(share * tokens) for share in SHARES]
+    return {f"{tokens} tokens": (tokens,), f"{tokens} tokens, 8 requests": (*counts, tokens - sum(counts))}
+
+
+def part_of(layout: TokenLayout, rank: int, strategy: str) -> Part:
+    """What a rank computes."""
+    reach = needs.Reach(None, 0)
+    area = needs.seen_pairs(layout, reach, True)[rank]
+    if strategy == "allgather_kv":
+        return Part(layout.local_index[rank], layout.local_index.reshape(-1), layout.valid.reshape(-1), area)
+    found = needs.index_inputs(layout, rank, [needs.Fetch(reach)], True)
+    return Part(layout.local_index[rank], found["reach_index_0"], found["reach_valid_0"], area)
+
+
+class Batch:
+    """Queries, keys and values of a whole batch, and the attention of parts of it."""
+
+    def __init__(self, lengths: tuple[int, ...]) -> None:
+        self.lengths = lengths
+        tokens = sum(lengths)
+        self.q, self.k, self.v = (
+            torch.randn(1, heads, tokens, WIDTH, device=DEVICE, dtype=torch.bfloat16)
+            for heads in (HEADS, KV_HEADS, KV_HEADS)
+        )
+        self.request = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(DEVICE)
+
+    def operands(self, part: Part) -> list[torch.Tensor]:
+        """Of :data:`RULE`, and the keys that exist."""
+        queries, keys, real = (each.to(DEVICE) for each in (part.queries, part.keys, part.real))
+        of_queries, of_keys = self.request[queries][:, None], self.request[keys][None, :]
+        return [of_queries, of_keys, keys[None, :], queries[:, None], real]
+
+    def plan(self, part: Part, operands: list[torch.Tensor]) -> torch.Tensor:
+        """The block mask, made on the host and sent to the GPU, as before a forward."""
+        made = flex.block_mask(operands[:-1], [], RULE, operands[-1], len(part.queries), len(part.keys))
+        return made.to(DEVICE)
+
+    def attention(self, part: Part, code: Callable[..., Any]) -> Run:
+        """FlexAttention over the part, planned before."""
+        operands = self.operands(part)
+        q = self.q[:, :, part.queries.to(DEVICE)]
+        k, v = (each[:, :, part.keys.to(DEVICE)] for each in (self.k, self.v))
+        blocks = block_mask_of(self.plan(part, operands), operands)
+        return lambda: code(q, k, v, blocks)
+
+    def each_request(self, backend: SDPBackend) -> Run:
+        """``is_causal`` SDPA over every request on its own."""
+        parts = [[part.contiguous() for part in each.split(self.lengths, dim=2)] for each in (self.q, self.k, self.v)]
+        calls = [causal(*each, backend) for each in zip(*parts, strict=True)]
+        return lambda: torch.cat([call() for call in calls], dim=2)
+
+
+def block_mask_of(plan: torch.Tensor, operands: list[torch.Tensor]) -> BlockMask:
+    """What :func:`sp_compile.kernels.flex.block_mask` planned, with the rule as a function of the element."""
+    captured = [each.reshape(-1).contiguous() for each in operands]
+    listed = [plan[:, None, :, i] for i in range(2)]
+    parts = [part.contiguous() for each in listed for part in (each[..., 0], each[..., 1:])]
+    lengths = len(captured[0]), len(captured[1])
+    return BlockMask.from_kv_blocks(
+        *parts, flex.BLOCK, lambda *place: SEES(*place, *captured), seq_lengths=lengths, compute_q_blocks=False
+    )
+
+
+def causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: SDPBackend) -> Run:
+    """``is_causal`` SDPA by one of torch's kernels, keys and values repeated for grouped heads before."""
+    k, v = (each.repeat_interleave(HEADS // KV_HEADS, dim=1) for each in (k, v))
+
+    def run() -> torch.Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    return run
+
+
+def sequence_of(area: int) -> int:
+    """Tokens of a causal sequence with about that many visible pairs."""
+    return max(1, round((2 * area) ** 0.5 / ROUNDED)) * ROUNDED
+
+
+def of_area(tokens: int) -> dict[str, Run]:
+    """Torch's kernels on one causal sequence."""
+    batch = Batch((tokens,))
+    whole = part_of(token_layout((tokens,), 1), 0, "allgather_kv")
+    return {
+        **{name: causal(batch.q, batch.k, batch.v, each) for name, each in SDPA.items()},
+        "FlexAttention": batch.attention(whole, of_one_length),
+    }
+
+
+def event_seconds(run: Run) -> float:
+    """Seconds of one run on the GPU."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def host_seconds(run: Run) -> float:
+    """Seconds of one run on the host, with what it sends to the GPU."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def medians(runs: Mapping[Any, Run], rounds: int, measure: Callable[[Run], float] = event_seconds) -> dict[Any, float]:
+    """Median seconds of each; rounds visit all in turn, after one that is not counted."""
+    times: dict[Any, list[float]] = {key: [] for key in runs}
+    for i in range(rounds + 1):
+        for key, run in runs.items():
+            spent = measure(run)
+            if i:
+                times[key].append(spent)
+    return {key: statistics.median(each) for key, each in times.items()}
+
+
+def compare(lengths: tuple[int, ...], sizes: Iterable[int], scheme: str, rounds: int) -> dict[str, Any]:
+    """All ranks of all sizes, each beside torch's kernels on its area."""
+    batch = Batch(lengths)
+    layouts = {sp: token_layout(lengths, sp, scheme) for sp in sizes}
+    parts = {
+        (sp, strategy, rank): part_of(layout, rank, strategy)
+        for sp, layout in layouts.items()
+        for strategy in STRATEGIES[: 1 if sp == 1 else None]
+        for rank in range(sp)
+    }
+    runs: dict[Any, Run] = {key: batch.attention(part, of_any_length) for key, part in parts.items()}
+    runs |= {name: batch.each_request(each) for name, each in SDPA.items()}
+    wrong = error(batch, runs, layouts)
+    for tokens in {sequence_of(part.area) for part in parts.values()}:
+        runs |= {(tokens, name): run for name, run in of_area(tokens).items()}
+    seconds = medians(runs, rounds)
+    plans = {key: planning(batch, part) for key, part in parts.items()}
+    planned = medians(plans, rounds, host_seconds)
+    unsharded = {name: seconds[name] for name in SDPA} | {"sp=1": seconds[1, STRATEGIES[0], 0]}
+    found: dict[str, Any] = {"lengths": lengths, "unsharded_seconds": unsharded, "error": wrong}
+    for sp, strategy in dict.fromkeys(key[:2] for key in parts):
+        ranks = [rank_figures(parts[sp, strategy, i], seconds, seconds[sp, strategy, i]) for i in range(sp)]
+        spent = [each["seconds"] for each in ranks]
+        found[f"sp={sp}, {strategy}"] = {
+            "slowest_over_mean": max(spent) / statistics.mean(spent),
+            "sum_over_sp1": sum(spent) / unsharded["sp=1"],
+            "sum_over_best_unsharded": sum(spent) / min(unsharded.values()),
+            "plan_seconds": max(planned[sp, strategy, i] for i in range(sp)),
+            "ranks": ranks,
+        }
+    return found
+
+
+def generalize() -> None:
+    """Let the code that is for any length be made before what is measured."""
+    for tokens in (1000, 1700, 2600):
+        batch = Batch((tokens,))
+        for sp in (1, 2, 4):
+            for strategy in STRATEGIES:
+                batch.attention(part_of(token_layout((tokens,), sp), 0, strategy), of_any_length)()
+
+
+def planning(batch: Batch, part: Part) -> Run:
+    operands = batch.operands(part)
+    return lambda: batch.plan(part, operands)
+
+
+def rank_figures(part: Part, seconds: Mapping[Any, float], spent: float) -> dict[str, Any]:
+    """One rank against torch's kernels on a causal sequence, their times by the pair."""
+    tokens = sequence_of(part.area)
+    share = part.area / (tokens * (tokens + 1) / 2)
+    others = {name: seconds[tokens, name] * share for name in (*SDPA, "FlexAttention")}
+    return {
+        "queries": len(part.queries),
+        "keys": len(part.keys),
+        "area": part.area,
+        "seconds": spent,
+        "of_that_area": others,
+        "ratio": spent / min(others.values()),
+        "ratio_to_flex": spent / others["FlexAttention"],
+    }
+
+
+def error(batch: Batch, runs: Mapping[Any, Run], layouts: Mapping[int, TokenLayout]) -> float:
+    """The largest norm, over that of all values, by which ranks together differ from SDPA of each request."""
+    expected = runs["flash SDPA"]().float()
+    found = []
+    for sp, strategy in dict.fromkeys(key[:2] for key in runs if not isinstance(key, str)):
+        outputs = [runs[sp, strategy, rank]() for rank in range(sp)]
+        whole = torch.cat(outputs, dim=2)[:, :, layouts[sp].restore_index.to(DEVICE)]
+        found.append(float((whole.float() - expected).norm() / expected.norm()))
+    return max(found)
+
+
+def tiles(tokens: int, rounds: int) -> dict[str, Any]:
+    """The kernel ``tiles``, which training uses, and torch's kernels, on one causal sequence, forward and backward."""
+    batch, scale = Batch((tokens,)), WIDTH**-0.5
+    rows = torch.arange(tokens, device=DEVICE)
+    operands, rule = [rows[:, None], rows[None, :]], "mask = le(x1, x0)"
+    plan = as_tensor(plan_regions(operands, [], rule, None, tokens, tokens))
+    out, lse = kernels.attend("tiles", batch.q, batch.k, batch.v, operands, [], rule, scale, plan, None)
+    grad = torch.randn_like(batch.q)
+    saved = kernels.Saved(batch.q, batch.k, batch.v, out.to(grad.dtype), lse, grad, None)
+    runs: dict[str, Run] = {
+        "tiles": lambda: kernels.attend("tiles", *saved[:3], operands, [], rule, scale, plan, None),
+        "tiles, backward": lambda: kernels.gradients(saved, operands, [], rule, scale, plan, None),
+    }
+    for name, backend in {**SDPA, "efficient SDPA": SDPBackend.EFFICIENT_ATTENTION}.items():
+        runs[name] = causal(batch.q, batch.k, batch.v, backend)
+        runs[f"{name}, backward"] = causal_backward(batch, grad, backend)
+    return medians(runs, rounds)
+
+
+def causal_backward(batch: Batch, grad: torch.Tensor, backend: SDPBackend) -> Run:
+    """The backward alone of ``is_causal`` SDPA."""
+    leaves = [each.detach().requires_grad_() for each in (batch.q, batch.k, batch.v)]
+    with torch.enable_grad():
+        out = causal(*leaves, backend)()
+    return lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)
+
+
+def show(name: str, found: Mapping[str, Any]) -> None:
+    """Print one batch's figures, milliseconds."""
+    alone = ", ".join(f"{key} {value * 1e3:.2f}" for key, value in found["unsharded_seconds"].items())
+    print(f"\n{name}: unsharded {alone} ms; error {found['error']:.1e}")
+    for key, each in found.items():
+        if not key.startswith("sp="):
+            continue
+        ranks = each["ranks"]
+        slowest = max(ranks, key=lambda one: float(one["seconds"]))
+        beside = ", ".join(f"{kernel} {value * 1e3:.2f}" for kernel, value in slowest["of_that_area"].items())
+        print(
+            f"  {key:20} slowest {slowest['seconds'] * 1e3:8.2f} ({beside}), {slowest['ratio']:.2f}x of the best, "
+            f"{slowest['ratio_to_flex']:.2f}x of FlexAttention; slowest/mean {each['slowest_over_mean']:.3f}, "
+            f"sum {each['sum_over_sp1']:.2f}x of sp=1, {each['sum_over_best_unsharded']:.2f}x of the best; "
+            f"plan {each['plan_seconds'] * 1e3:.1f}"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5, help="timed runs of each")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[32768, 131072])
+    parser.add_argument("--sp", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--scheme", default="zigzag", help="the layout's")
+    parser.add_argument("--tiles", type=int, nargs="*", default=[4096, 16384], help="tokens for the kernel tiles")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    chosen = parser.parse_args()
+    torch._dynamo.config.recompile_limit = 256  # one for each length of a sequence that stands for an area
+    results: dict[str, Any] = {"machine": machine(), "versions": versions(), "rounds": chosen.rounds}
+    results["scheme"] = chosen.scheme
+    with torch.no_grad():
+        generalize()
+        for tokens in chosen.tokens:
+            for name, lengths in batches(tokens).items():
+                results[name] = compare(lengths, sorted({1, *chosen.sp}), chosen.scheme, chosen.rounds)
+                show(name, results[name])
+        for tokens in chosen.tiles:
+            found = results[f"tiles, {tokens} tokens"] = tiles(tokens, chosen.rounds)
+            print(f"\n{tokens} tokens, ms: " + ", ".join(f"{key} {value * 1e3:.2f}" for key, value in found.items()))
+    if chosen.json:
+        chosen.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,270 @@
+"""What runs on a GPU: attention by every kernel, and two ranks that share one card; ``make test-gpu`` runs these."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import sp_compile
+from tests import training
+from tests.attention_kinds import BUCKETS, GROUPS, HEADS, KINDS, WIDTH, Attention, batch, definition
+from tests.local_graphs import kernels_of
+from tests.models import gpt, llama
+from tests.staged import StagedPool
+from tests.test_generation import check_greedy, prompts
+from tests.test_staged import check_collectives, collectives
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU that torch can use"),
+]
+DEVICE = "cuda"
+HEAD_DIMS = {
+    "causal": (16, 16),
+    "window": (64, 64),
+    "chunked": (128, 128),
+    "packed": (256, 256),
+    "padded left": (256, 256),
+    "padded right": (40, 40),
+    "ALiBi": (24, 24),
+    "softcap": (80, 80),
+    "sinks": (96, 96),
+    "relative bias per head": (192, 192),
+    "MLA": (192, 128),
+    "prefix-LM": (112, 112),
+    "bidirectional blocks": (72, 72),
+    "window, first tokens, packed": (160, 160),
+}
+SINGLE = [name for name, each in KINDS.items() if each.rows == 1]  # one row a batch
+PADDED = [name for name, each in KINDS.items() if each.rows == 2]
+LENGTHS = (21, 301, 53, 3)  # code is generated for the first
+COMPILES = {"tiles": 2, "dense": 2, "flex": 3}  # one for a single token, one for fewer than 128 queries a rank
+RAGGED = ([5, 12], [300, 1, 33, 130], [1])  # the last is less than two ranks can share
+
+
+@pytest.fixture(scope="module")
+def staged() -> Iterator[StagedPool]:
+    """Two ranks on one card."""
+    pool = StagedPool(2)
+    yield pool
+    pool.close()
+
+
+# Kernels
+
+
+class Layer(Attention):
+    """An :class:`Attention` with head dims of its own, whose masks are made where it runs."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(kind, "sdpa" if "sdpa" in KINDS[kind].forms else "eager")
+        own, value = HEAD_DIMS[kind]
+        self.kind = replace(self.kind, head_dims=(own, value))
+        self.q, self.k = nn.Linear(WIDTH, HEADS * own), nn.Linear(WIDTH, GROUPS * own)
+        self.v, self.o = nn.Linear(WIDTH, GROUPS * value), nn.Linear(HEADS * value, WIDTH)
+
+    def _mask(self, vectors: dict[str, torch.Tensor], length: int) -> torch.Tensor:
+        rows = torch.arange(length, device=self.slopes.device)
+        q, k = rows[:, None], rows[None, :]
+
+        def at(name: str, index: torch.Tensor) -> torch.Tensor:
+            vector = vectors[name][:, None, :]
+            return vector[..., None] if index is q else vector[..., None, :]
+
+        mask = self.kind.sees(at, q, k)
+        return mask if mask.dim() == 4 else mask[None, None]
+
+    def _bias(self, length: int) -> torch.Tensor | None:
+        rows = torch.arange(length, device=self.slopes.device)
+        distance = rows[:, None] - rows[None, :]
+        if self.kind.score == "alibi":
+            return (-self.slopes[:, None, None] * distance)[None]
+        if self.kind.score == "relative":
+            return nn.functional.embedding(distance.clamp(0, BUCKETS - 1), self.table).permute(2, 0, 1)[None]
+        return None
+
+
+class Layers(nn.Module):
+    """Layers of many kinds side by side, so that one compilation serves them all."""
+
+    def __init__(self, kinds: Sequence[str]) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        self.layers = nn.ModuleList(Layer(each) for each in kinds)
+
+    def forward(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor, **vectors: torch.Tensor) -> Any:
+        return tuple(each(inputs_embeds, position_ids, **vectors) for each in self.layers)
+
+
+def inputs_of(kinds: Sequence[str], length: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Fresh inputs that all of these kinds can take."""
+    seed = int(torch.randint(1 << 30, ()))
+    found: dict[str, torch.Tensor] = {}
+    for kind in ("padded left",) if kinds == PADDED else ("packed", "bidirectional blocks"):
+        found = {**batch(kind, length, dtype, seed), **found}
+    return found
+
+
+def check_kernel(kinds: Sequence[str], dtype: torch.dtype, kernel: str, sp: int | None = 1) -> set[str]:
+    """Compare with the definition in fp64; the kernels that ran."""
+    plain, exact = (Layers(kinds).to(device, dtype).eval() for device in (DEVICE, "cpu"))
+    codegen = "inductor" if kernel == "flex" else "eager"
+    parallel = sp_compile.parallelize(plain, sp=sp, kernel=kernel, codegen=codegen)
+    for length in LENGTHS if sp == 1 else (*LENGTHS, 1):
+        inputs = inputs_of(kinds, length, dtype)
+        on_card = {name: each.to(DEVICE) for name, each in inputs.items()}
+        with torch.no_grad():
+            outputs = parallel(**on_card)
+            with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):  # cuDNN fills rows that see nothing
+                own_outputs = plain(**on_card)
+            for layer, found, own in zip(exact.layers, outputs, own_outputs, strict=True):
+                right = definition("", layer, inputs)
+                case = f"{layer.kind.sees.__name__} {layer.kind.score} {layer.kind.head_dims}, {length} tokens"
+                assert_right(found.cpu(), own.cpu(), right, dtype, case)
+    assert parallel.compiles <= COMPILES[kernel]
+    assert not parallel.report().fallbacks
+    return kernels_of(parallel)
+
+
+def assert_right(found: torch.Tensor, own: torch.Tensor, right: torch.Tensor, dtype: torch.dtype, case: str) -> None:
+    """fp32 to 1e-5 of the scale, lower precision as exactly as the unsharded model itself, within a factor of two."""
+    assert found.dtype == dtype
+    if dtype == torch.float32:
+        assert (found.double() - right).abs().max() <= 1e-5 * right.abs().max(), case  # NaN fails
+        return
+    seen = ~own.isnan()  # a softmax makes NaN of a row that sees nothing
+    ours, theirs = ((each.double() - right)[seen].norm() for each in (found, own))
+    assert ours <= 2 * theirs, f"{case}: {ours} against {theirs}"
+
+
+@pytest.mark.parametrize(
+    ("kinds", "dtype"),
+    [
+        (SINGLE, torch.float32),
+        (PADDED, torch.float32),
+        (SINGLE[::2], torch.bfloat16),
+        (SINGLE[1::2], torch.float16),
+    ],
+)
+def test_tiles_are_right_for_every_kind_of_rule(kinds: list[str], dtype: torch.dtype):
+    assert check_kernel(kinds, dtype, "tiles") == {"tiles"}
+
+
+@pytest.mark.parametrize("kinds", [SINGLE[::2], PADDED])
+def test_the_definition_is_right(kinds: list[str]):
+    assert check_kernel(kinds, torch.float32, "dense") == {"dense"}
+
+
+@pytest.mark.parametrize(
+    ("kinds", "dtype"),
+    [(SINGLE[::2], torch.float32), (SINGLE[1::2], torch.bfloat16), (PADDED, torch.float16)],
+)
+def test_flex_attention_is_right_for_every_kind_of_rule(kinds: list[str], dtype: torch.dtype):
+    assert check_kernel(kinds, dtype, "flex") == {"flex"}
+
+
+def test_ranks_without_tokens_of_their_own(staged: StagedPool):
+    for used in staged.run(check_kernel, ["sinks"], torch.float32, "flex", None):
+        assert used == {"flex"}
+
+
+def test_fp64_and_small_heads_go_to_the_tiles():
+    ids = torch.randint(3, 120, (1, 200), device=DEVICE)
+    for dtype in (torch.float64, torch.float32):
+        parallel = sp_compile.parallelize(gpt().to(DEVICE, dtype), sp=1)
+        assert sp_compile.verify(parallel, {"idx": ids})
+        assert kernels_of(parallel) == {"tiles"}
+
+
+# Two ranks on one card
+
+
+def test_collectives_through_the_host(staged: StagedPool):
+    check_collectives(staged.run(collectives, DEVICE))
+
+
+def prefill(sp: int | None, dtype: torch.dtype, codegen: str, **options: Any) -> set[str]:
+    """Compare the logits of ragged packed requests with each alone in fp64; the kernels that ran."""
+    sizes = {"num_attention_heads": 4}  # of 16 dims
+    exact, model = llama(torch.float64, **sizes), llama(dtype, **sizes).to(DEVICE)
+    exact.load_state_dict(model.state_dict())
+    parallel = sp_compile.parallelize(model, sp=sp, codegen=codegen, **options)
+    for lengths in RAGGED:
+        requests = [torch.randint(3, 120, (length,), generator=torch.Generator().manual_seed(3)) for length in lengths]
+        packed = sp_compile.pack(requests, device=DEVICE)
+        with torch.no_grad():
+            found = packed.split(parallel(**packed, use_cache=False).logits)
+            for request, logits in zip(requests, found, strict=True):
+                own, right = (each(request[None].to(each.device), use_cache=False).logits for each in (model, exact))
+                assert_right(logits.cpu(), own.cpu(), right, dtype, f"{len(request)} of {lengths}")
+    used = kernels_of(parallel)
+    assert parallel.compiles <= max(COMPILES[each] for each in used)
+    return used
+
+
+@pytest.mark.parametrize(("codegen", "kernel"), [("eager", "tiles"), ("inductor", "flex")])
+def test_prefill_on_one_rank(codegen: str, kernel: str):
+    assert prefill(1, torch.bfloat16, codegen) == {kernel}
+
+
+@pytest.mark.parametrize(
+    ("attention", "dtype"),
+    [*((each, torch.float32) for each in ("allgather_kv", "fetch", "ring", "ulysses")), ("ring", torch.bfloat16)],
+)
+def test_prefill_on_two_ranks(staged: StagedPool, attention: str, dtype: torch.dtype):
+    for used in staged.run(prefill, None, dtype, "eager", attention=attention):
+        assert used == {"tiles"}
+
+
+@pytest.mark.parametrize(("attention", "dtype"), [("allgather_kv", torch.bfloat16), ("ring", torch.float32)])
+def test_generated_code_on_two_ranks(staged: StagedPool, attention: str, dtype: torch.dtype):
+    for used in staged.run(prefill, None, dtype, "inductor", attention=attention):
+        assert used == {"flex"}
+
+
+def generate(codegen: str, new: int) -> float:
+    """The largest error of log-probabilities, where all tokens are those of each request alone."""
+    model, requests = llama(hidden_size=128), prompts((1, 2, 17, 200))
+    parallel = sp_compile.parallelize(llama(hidden_size=128).to(DEVICE), codegen=codegen)
+    cache = sp_compile.ShardedCache(parallel, page_size=8)
+    options: dict[str, Any] = {"max_new_tokens": new, "prefill_tokens": 150, "cache": cache, "eos_token_id": -1}
+    asked = [each.to(DEVICE) for each in requests]
+    found = sp_compile.generate(parallel, asked, logprobs=True, prompt_logprobs=True, **options)
+    assert {len(each.tokens) for each in found} == {new}
+    return check_greedy(model, requests, found)
+
+
+@pytest.mark.parametrize(("codegen", "new"), [("eager", 24), ("inductor", 6)])
+def test_greedy_generation_with_a_sharded_cache(staged: StagedPool, codegen: str, new: int):
+    for worst in staged.run(generate, codegen, new):
+        assert worst <= 1e-5
+
+
+def train(codegen: str, **options: Any) -> tuple[float, float]:
+    """How far loss and gradients are from those of the unsharded step, in fp32 and in fp64."""
+    apart = []
+    for dtype in (torch.float32, torch.float64):
+        step = {name: each.to(DEVICE) for name, each in training.batch_of((1, 57)).items()}
+        own, other = (
+            (training.built("Llama", dtype) if dtype == torch.float32 else training.plain(dtype)).to(DEVICE)
+            for _ in range(2)
+        )
+        run = training.stepped if dtype == torch.float32 else training.plain_step
+        parallel = sp_compile.parallelize(own, codegen=codegen, **options)
+        apart.append(training.apart(run(parallel, step), run(other, step)))
+    return apart[0], apart[1]
+
+
+@pytest.mark.parametrize(
+    ("codegen", "attention"), [("eager", "allgather_kv"), ("eager", "ring"), ("inductor", "allgather_kv")]
+)
+def test_a_training_step(staged: StagedPool, codegen: str, attention: str):
+    for single, double in staged.run(train, codegen, attention=attention):
+        assert single <= 1e-4
+        assert double <= 1e-10
