@@ -25,6 +25,9 @@ SETUPS = [
     Setup("torch.compile, 2 threads", "compile", 1, 2),
     Setup("sp=1, 1 thread", "ours", 1, 1),
     Setup("sp=2, 1 thread a rank", "ours", 2, 1),
+    Setup("sp=1, only the loss", "loss", 1, 1),
+    Setup("sp=2, only the loss", "loss", 2, 1),
+    Setup("sp=4, only the loss", "loss", 4, 1),
 ]
 
 
@@ -32,7 +35,10 @@ def run(kind: str, sp: int, threads: int, folder: str) -> None:
     """What a process (or each rank of a launch) runs: a step for each order, timed or its memory measured."""
     torch.set_num_threads(threads)
     model: Any = llama().train()
-    model = torch.compile(model) if kind == "compile" else sp_compile.parallelize(model, sp=sp)
+    if kind == "compile":
+        model = torch.compile(model)
+    else:
+        model = sp_compile.parallelize(model, sp=sp, outputs="loss" if kind == "loss" else "full")
 
     def step(tokens: int) -> None:
         ids = torch.randint(0, 1024, (1, tokens), generator=torch.Generator().manual_seed(tokens))
@@ -46,11 +52,11 @@ def run(kind: str, sp: int, threads: int, folder: str) -> None:
     answer(folder, sp, reply)
 
 
-def measure(rounds: int, lengths: list[int]) -> list[dict[str, Any]]:
-    """Median seconds and peak bytes of every setup and length."""
+def measure(rounds: int, lengths: list[int], names: list[str]) -> list[dict[str, Any]]:
+    """Median seconds and peak bytes of these setups at every length."""
     servers = []
     try:
-        for setup in SETUPS:
+        for setup in (each for each in SETUPS if each.name in names):
             servers.append(Server(setup.name, __file__, [setup.kind], setup.sp, setup.threads))
             for length in lengths:  # compile before the next is started
                 servers[-1].ask(f"time:{length}")
@@ -72,9 +78,9 @@ def measure(rounds: int, lengths: list[int]) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as Markdown, against ``torch.compile`` on one thread."""
+    """The rows as Markdown, against the first setup."""
     text = ["| tokens | setup | seconds | faster | peak above rest | of it |", "|---|---|---|---|---|---|"]
-    base = {row["tokens"]: row for row in rows if row["setup"] == SETUPS[0].name}
+    base = {row["tokens"]: row for row in rows if row["setup"] == rows[0]["setup"]}
     for row in rows:
         one = base[row["tokens"]]
         text.append(
@@ -89,9 +95,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="visits of every setup (default 5)")
     parser.add_argument("--tokens", type=int, nargs="*", default=[1024, 4096], help="lengths of the sequence")
+    names = [each.name for each in SETUPS]
+    parser.add_argument(
+        "--setups", nargs="*", default=names, choices=names, help="ways to run; the first is compared to"
+    )
     parser.add_argument("--json", type=Path, help="where to write the figures")
     options = parser.parse_args()
-    rows = measure(options.rounds, options.tokens)
+    rows = measure(options.rounds, options.tokens, options.setups)
     print(table(rows))
     if options.json is not None:
         result = {"machine": machine(), "versions": versions(), "rounds": options.rounds, "rows": rows}
