@@ -122,10 +122,10 @@ def run_job(job: JobConfig, show: Show = silent) -> JobResult | None:
         ConfigError: the configuration does not fit this machine, or itself.
         RankFailedError: a rank raised, died, or did not finish in time.
     """
+    if job.compile.outputs == "loss":
+        raise ConfigError('compile.outputs="loss" is for training, and requests have no labels; use "full" or "sharded"')
     if job.run.compare and job.compile.outputs != "full":
-        raise ConfigError(
-            f'compile.outputs="{job.compile.outputs}" leaves nothing whole to compare; set run.compare=false'
-        )
+        raise ConfigError('compile.outputs="sharded" leaves nothing whole to compare; set run.compare=false')
     result: JobResult | None = on_ranks(run_rank, job, show)
     return result
 

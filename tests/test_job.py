@@ -218,6 +218,11 @@ def test_sharded_outputs_cannot_be_compared():
         run_job(tiny("outputs=sharded"))
 
 
+def test_requests_have_no_labels_for_a_loss():
+    with pytest.raises(ConfigError, match="is for training"):
+        run_job(tiny("outputs=loss"))
+
+
 def test_cuda_needs_a_gpu_for_each_rank(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert device_of(JobConfig(run=RunConfig(sp=2)), 1) == torch.device("cuda", 1)
