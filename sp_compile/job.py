@@ -123,7 +123,7 @@ def run_job(job: JobConfig, show: Show = silent) -> JobResult | None:
         RankFailedError: a rank raised, died, or did not finish in time.
     """
     if job.compile.outputs == "loss":
-        raise ConfigError('compile.outputs="loss" is for training, and requests have no labels; use "full" or "sharded"')
+        raise ConfigError('compile.outputs="loss" is for training, for which requests have no labels; use "full"')
     if job.run.compare and job.compile.outputs != "full":
         raise ConfigError('compile.outputs="sharded" leaves nothing whole to compare; set run.compare=false')
     result: JobResult | None = on_ranks(run_rank, job, show)

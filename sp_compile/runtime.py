@@ -149,7 +149,9 @@ class ParallelModule(nn.Module):
         from sp_compile.cache import sharded
 
         if self.training:
-            raise UnsupportedModelError("a cache is for inference: to generate call model.eval(), to train pass no past_key_values")
+            raise UnsupportedModelError(
+                "a cache is for inference: to generate, call model.eval(); to train, pass no past_key_values"
+            )
         self._differentiates = False
         cache, kwargs = sharded(kwargs["past_key_values"]), self.options(kwargs, args)
         try:
