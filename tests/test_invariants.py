@@ -154,6 +154,10 @@ def drop_by_state(program: Program) -> None:
         program.graph.call_function(torch.ops.aten.dropout.default, (output.all_input_nodes[0], 0.5, True))
 
 
+def want_only_the_loss(program: Program) -> None:
+    program.outputs = "loss"
+
+
 def want_gradients(program: Program) -> None:
     program.differentiable = True
     for node in program.graph.find_nodes(op="placeholder"):
@@ -189,6 +193,9 @@ BROKEN = {
     "a loss of all rows": Broken(
         invariants.LOSSES_SPLIT, "split_losses", lossy, reduce_at_once,
         r"%cross_entropy_loss\w* \(.*\): expected a loss for each row, summed after it, found one that is reduced at"),
+    "logits beside the loss": Broken(
+        invariants.LOGITS_DROPPED, "drop_logits", doubled, want_only_the_loss,
+        r"%view \(aten.reshape\): expected outputs that are single values, found shape \[1, s\d+, 2, 4\]"),
     "dropout that the generator's state decides": Broken(
         invariants.DRAWN, "draw_by_position", doubled, drop_by_state,
         r"%dropout\w* \(aten.dropout\): expected a mask drawn by the seed and the place, found one drawn by what ran"),

@@ -56,7 +56,7 @@ def test_the_attention_strategy_reaches_its_pass_unless_the_pipeline_says_otherw
     ("spec", "message"),
     [
         (["normalise"], r"unknown pass 'normalise'; did you mean 'normalize'\?"),
-        (["qqq"], r"unknown pass 'qqq'; known: draw_by_position, isolate_requests"),
+        (["qqq"], r"unknown pass 'qqq'; known: draw_by_position, drop_logits, isolate_requests"),
         ([{"minimize_communication": {"join_keys": False}}],
          r"'minimize_communication' has no option 'join_keys'; did you mean 'join_keys_and_values'\?"),
         ([{"normalize": {"deep": True}}], r"pass 'normalize' has no option 'deep'; it has none"),
