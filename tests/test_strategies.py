@@ -280,6 +280,7 @@ def test_any_number_of_heads_by_any_strategy(ranks, sp: int, options: dict[str, 
         assert max(worst for worst, _ in found) <= 1e-5
 
 
-def test_generated_code_spreads_heads(ranks):
-    for each in ranks(2).run(ran, "gpt_oss", MIXES, attention="ulysses", codegen="inductor", timeout=900):
+@pytest.mark.parametrize("name", ["llama", pytest.param("gpt_oss", marks=pytest.mark.slow)])
+def test_generated_code_spreads_heads(ranks, name: str):
+    for each in ranks(2).run(ran, name, MIXES, attention="ulysses", codegen="inductor", timeout=900):
         assert max(worst for worst, *_ in each) <= 1e-5
