@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from attention import SHARES
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
@@ -31,7 +32,6 @@ from sp_compile.layout import TokenLayout, token_layout
 from sp_compile.measure import machine, versions
 
 HEADS, KV_HEADS, WIDTH = 32, 8, 128
-SHARES = (0.27, 0.05, 0.01, 0.2, 0.12, 0.16, 0.08)  # of the tokens, by the first seven of eight packed requests
 STRATEGIES = ("allgather_kv", "fetch")
 RULE = "t0 = eq(x0, x1); t1 = le(x2, x3); mask = and(t0, t1)"  # of transformers' mask for packed requests
 SDPA = {"flash SDPA": SDPBackend.FLASH_ATTENTION, "cuDNN SDPA": SDPBackend.CUDNN_ATTENTION}

@@ -46,7 +46,7 @@ class SplitLosses(Pass):
 
     def run(self, program: Program) -> None:
         """Rewrite in place."""
-        if not program.parallel and program.outputs != "loss":
+        if not program.splits_losses:
             return
         for node in program.graph.find_nodes(op="call_function", target=aten.cross_entropy_loss.default):
             if splittable(node):

@@ -18,7 +18,7 @@ from sp_compile.cache import ShardedCache
 from sp_compile.errors import BatchError, ConfigError
 from sp_compile.layout import TokenLayout
 from sp_compile.mesh import Group
-from sp_compile.runtime import ParallelModule
+from sp_compile.runtime import ParallelModule, device_of
 from sp_compile.sampling import Sampler, configured
 
 PREFILL_TOKENS = 8192
@@ -99,7 +99,7 @@ def generate(
     >>> generate(model, [[5, 6, 7], [8]], max_new_tokens=16, do_sample=True, seed=0)  # doctest: +SKIP
     """
     config = configured(getattr(model.module, "generation_config", None), generation_config, options)
-    batch = pack(requests, device=_device(model))
+    batch = pack(requests, device=device_of(model.module))
     limits = _limits(max_new_tokens, config, len(batch.lengths))
     if prefill_tokens < 1:
         raise ConfigError(f"prefill_tokens={prefill_tokens} is too small; pass at least 1")
@@ -130,10 +130,6 @@ def generate(
                    each.prompt_logprobs if prompt_logprobs else None)
         for each in running
     ]  # fmt: skip
-
-
-def _device(model: ParallelModule) -> torch.device | None:
-    return next((each.device for each in model.module.parameters()), None)
 
 
 def _limits(asked: int | Sequence[int] | None, config: GenerationConfig, requests: int) -> list[int]:

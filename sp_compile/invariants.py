@@ -241,9 +241,8 @@ def _overlapped(program: Program) -> None:
 
 
 def _losses_split(program: Program) -> None:
-    wanted = program.parallel or program.outputs == "loss"
     for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten.cross_entropy_loss.default):
-        if wanted and splittable(node):
+        if program.splits_losses and splittable(node):
             raise Violation(node, "a loss for each row, summed after it", "one that is reduced at once")
 
 

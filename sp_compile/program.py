@@ -110,6 +110,11 @@ class Program:
         """Whether anything is sharded at all."""
         return (self.sp > 1 or bool(self.cached)) and self.tokens is not None
 
+    @property
+    def splits_losses(self) -> bool:
+        """Whether losses are computed row by row: for ranks to have their own, or for logits that are dropped."""
+        return self.parallel or self.outputs == "loss"
+
     def length_input(self) -> fx.Node | None:
         """The placeholder that is the global token length."""
         return length_input(self.graph, self.tokens)

@@ -28,6 +28,7 @@ ROOT = Path(__file__).parent.parent
 LIMIT = timedelta(hours=2)
 IMPORTED = ("torch._dynamo", "torch._inductor.compile_fx", "sp_compile", "tests.training", "tests.zoo.models",
             "transformers.modeling_utils", "transformers.models.llama.modeling_llama")  # fmt: skip
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
 
@@ -97,7 +98,7 @@ def _lives(pid: int) -> bool:
 
 @lru_cache(maxsize=1)
 def _parent_of_ranks() -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TORCH_WARM_POOL": "0"}
+    environment = {**os.environ, **ONE_THREAD, "TORCH_WARM_POOL": "0"}
     command = [sys.executable, "-m", "tests.ranks"]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from sp_compile import launch
-from tests.ranks import ROOT, RankPool, serve
+from tests.ranks import ONE_THREAD, ROOT, RankPool, serve
 
 BACKEND = "staged_gloo"
 
@@ -132,9 +132,8 @@ class StagedPool(RankPool):
     """Ranks of one group of this kind."""
 
     def _start(self) -> list[int]:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
         command = [sys.executable, "-m", "tests.staged", str(self.sp), self._folder.name]
-        return [subprocess.Popen(command, cwd=ROOT, env=environment).pid]
+        return [subprocess.Popen(command, cwd=ROOT, env={**os.environ, **ONE_THREAD}).pid]
 
 
 register()

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import sp_compile
 from sp_compile.errors import ConfigError, MeshError, RankMismatchError, UnsupportedModelError
-from tests.training import built
+from tests.training import built, told
 
 pytest.importorskip("accelerate")
 
@@ -265,13 +265,6 @@ def refusals(folder: str) -> dict[str, str]:
     import transformers
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
-
-    def told(run: Any) -> str:
-        try:
-            run()
-        except Exception as error:
-            return f"{type(error).__name__}: {error}"
-        return "nothing"
 
     parallel = sp_compile.parallelize(built("Llama", **LLAMA), codegen="eager")
     alone = sp_compile.parallelize(built("Llama", **LLAMA), sp=1)

@@ -19,6 +19,7 @@ from tests.training import (
     plain_on_ranks,
     plain_step,
     stepped,
+    told,
 )
 
 EXACT = 1e-10  # relative, in fp64
@@ -170,13 +171,6 @@ def refusals() -> list[str]:
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
     import sp_compile
-
-    def told(run: Any) -> str:
-        try:
-            run()
-        except Exception as error:
-            return f"{type(error).__name__}: {error}"
-        return "nothing"
 
     batch = batch_of()
     llama = sp_compile.parallelize(built("Llama"), codegen="eager")

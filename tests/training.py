@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,6 +50,15 @@ def batch_of(shape: Sequence[int] = (1, 13), ignored: slice = slice(0, 5), seed:
     labels = ids.clone()
     labels[:, ignored] = -100
     return {"input_ids": ids, "labels": labels}
+
+
+def told(run: Callable[[], object]) -> str:
+    """What a call raises, or ``nothing``."""
+    try:
+        run()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
 
 
 def stepped(model: nn.Module, batch: Mapping[str, Any], autocast: bool = False) -> dict[str, torch.Tensor]:
