@@ -16,6 +16,7 @@ import torch
 from torch.nn import functional as F
 
 from sp_compile.layout import token_layout
+from sp_compile.linear_loss import linear_cross_entropy
 from sp_compile.placements import REPLICATE, Partial, Shard, describe
 from sp_compile.program import placement
 from sp_compile.rules import RULES, Call, NoRule, apply
@@ -98,6 +99,13 @@ POINTWISE = [
         "aten.cross_entropy_loss",
         "Shard(0)",
         lambda x: F.cross_entropy(x[0], x[0].argmax(-1), reduction="none"),
+        **WRITTEN,
+    ),
+    Case(
+        "sp_compile.linear_cross_entropy",
+        "Shard(0)",
+        lambda x, w: linear_cross_entropy(x[0], w, None, x[0].argmax(-1), "", -100, 0.1),
+        w(12, 8),
         **WRITTEN,
     ),
     Case("aten.full_like", PAIRS_OF_ROWS, lambda x: torch.full_like(pairs(x), 3.0)),
