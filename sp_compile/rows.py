@@ -106,9 +106,14 @@ class BatchRows:
         }
 
     def _earlier(self, name: str, new: torch.Tensor, past: int) -> torch.Tensor:
-        """What came with the tokens of earlier calls; those themselves are not read where they were embeddings."""
+        """What came with the tokens of earlier calls; those themselves are not read where they were embeddings.
+
+        Positions that were not passed are those that a model then takes: every row's from 0 on.
+        """
         if name in self.inputs:
             return self.inputs[name]
+        if name == "position_ids" and new.dim() == 2:
+            return torch.arange(past, dtype=new.dtype, device=new.device).expand(new.shape[0], past)
         if past and name not in ("input_ids", "inputs_embeds"):
             raise BatchError(f"{name} was not passed in earlier calls; pass it in every call or in none")
         return new.new_zeros(new.shape[0], past, *new.shape[2:])

@@ -2,7 +2,8 @@
 
 A rule that joins ``key > query - 512`` to whatever else, over numbers of the row's tokens, never shows a query more
 than the last 512, and one that joins ``key <= query`` nothing that comes later. Only what follows from the rule counts:
-positions that come from outside may jump, and prove nothing.
+positions that come from outside may jump, and prove nothing, unless the rule itself hides what lies behind a jump, as
+transformers' rule for packed rows does.
 """
 
 from __future__ import annotations
@@ -106,9 +107,7 @@ def reach_of(attention: fx.Node, tokens: sympy.Symbol | None, counted: bool = Fa
 
 def _values(args: ops.AttentionArgs, tokens: sympy.Symbol | None, counted: bool) -> dict[Any, _Linear | None]:
     """The rule's operands and steps by name, where they are numbers of rows."""
-    apart = counted or keeps_apart(args.rule, args.operands)
-    numbers = _row_numbers(args.operands, tokens, apart, counted)
-    values: dict[Any, _Linear | None] = {f"x{i}": each for i, each in enumerate(numbers)}
+    values: dict[Any, _Linear | None] = {f"x{i}": each for i, each in enumerate(_row_numbers(args, tokens, counted))}
     for step in parse(args.rule):
         values[step.name] = _linear(step, values)
     return values
@@ -156,26 +155,99 @@ def _value(argument: Any, values: dict[Any, _Linear | None]) -> _Linear | None:
     return values.get(argument) if isinstance(argument, str) else _Linear(constant=argument)
 
 
-def _row_numbers(
-    operands: Sequence[fx.Node], tokens: sympy.Symbol | None, apart: bool, counted: bool
-) -> list[_Linear | None]:
+def _row_numbers(args: ops.AttentionArgs, tokens: sympy.Symbol | None, counted: bool) -> list[_Linear | None]:
     """The operands as numbers of rows along their queries or keys, where they are these.
 
-    Where only pairs of the same request are seen (``apart``), all of them may count from where that begins; some may
-    not, if others count the row's tokens.
+    Where only pairs of the same request are seen, all of them may count from where that begins; some may not, if others
+    count the row's tokens.
     """
-    found = [_row_number(each, tokens, False, False) for each in operands]
-    if not apart or any(each is not None for each in found):
+    found = [_row_number(each, tokens) for each in args.operands]
+    if any(each is not None for each in found):
         return found
-    return [_row_number(each, tokens, True, counted) for each in operands]
+    runs = _runs(args)
+    if counted:
+        runs = next((_Runs(each, ()) for each in _placeholders(args) if shape_of(each) == (1, tokens)), None)
+    if not counted and runs is None and not keeps_apart(args.rule, args.operands):
+        return found
+    return [_row_number(each, tokens, True, runs) for each in args.operands]
 
 
-def _row_number(operand: fx.Node, tokens: sympy.Symbol | None, apart: bool, counted: bool) -> _Linear | None:
+@dataclass(frozen=True)
+class _Runs:
+    """Positions that count by ones within what a rule keeps apart.
+
+    ``leading`` are the dims of a rule's operands before those of queries and keys, which the batch of the positions is.
+    """
+
+    positions: fx.Node
+    leading: tuple[Any, ...]
+
+    def aligned(self, operand: fx.Node) -> bool:
+        """Whether a batch's rows of an operand are those of the positions."""
+        return len(self.positions.meta["val"]) == 1 or (
+            tuple(shape_of(operand)[:-2]) == self.leading and _shows_all(operand, self.positions)
+        )
+
+
+def _placeholders(args: ops.AttentionArgs) -> list[fx.Node]:
+    graph = args.operands[0].graph if args.operands else None
+    return [] if graph is None else [each for each in graph.find_nodes(op="placeholder") if each.name == POSITIONS]
+
+
+def _runs(args: ops.AttentionArgs) -> _Runs | None:
+    """Positions of which a rule shows a query those only that are joined to its own by steps of one.
+
+    Such a rule compares running counts of the jumps, as transformers finds packed requests:
+    ``(positions.diff(prepend=...) != 1).cumsum(-1)``.
+    """
+    steps = {step.name: step for step in parse(args.rule)}
+    operands = {f"x{i}": each for i, each in enumerate(args.operands)}
+    for each in _terms("mask", steps):
+        step = steps.get(each)
+        if step is None or step.function != "eq" or not all(name in operands for name in step.arguments):
+            continue
+        query, key = (operands[str(name)] for name in step.arguments)
+        counts = _origin(query)
+        positions = _without_jumps(counts) if counts is _origin(key) else None
+        leading = tuple(shape_of(query)[:-2])
+        if positions is None or leading != tuple(shape_of(key)[:-2]):
+            continue
+        if len(positions.meta["val"]) == 1 or all(_shows_all(side, counts) for side in (query, key)):
+            return _Runs(positions, leading)
+    return None
+
+
+def _without_jumps(counts: fx.Node) -> fx.Node | None:
+    """The positions ``[batch, tokens]`` whose jumps are counted."""
+    node: Any = counts
+    for target, wanted in ((aten.cumsum.default, -1), (aten.ne.Scalar, 1)):
+        if node.target is not target or node.args[1] != wanted:
+            return None
+        node = _origin(node.args[0])
+    if node.target is not aten.diff.default or node.args[1:3] != (1, -1) or len(node.args) > 4:
+        return None
+    positions = node.args[0]
+    return positions if len(shape_of(positions)) == 2 else None
+
+
+def _shows_all(node: fx.Node, source: fx.Node) -> bool:
+    """Whether a node that shows a source in another shape has each of its elements once."""
+    while node is not source:
+        before: Any = node.args[0]
+        if not isinstance(before, fx.Node) or product(shape_of(before)) != product(shape_of(node)):
+            return False
+        node = before
+    return True
+
+
+def _row_number(
+    operand: fx.Node, tokens: sympy.Symbol | None, apart: bool = False, runs: _Runs | None = None
+) -> _Linear | None:
     shape: Sequence[Any] = shape_of(operand)
     if tokens is None or len(shape) < 2 or tokens not in shape[-2:]:
         return None
-    offset = _offset(operand, tokens, apart, counted)
-    if offset is None:
+    offset = _offset(operand, tokens, apart, runs)
+    if offset is None or (runs is not None and not runs.aligned(operand)):
         return None
     return _Linear(query=1, constant=offset) if shape[-2] == tokens else _Linear(key=1, constant=offset)
 
@@ -186,25 +258,24 @@ def _inner(node: fx.Node, tokens: sympy.Symbol) -> Any:
     return product(shape[shape.index(tokens) + 1 :]) if shape.count(tokens) == 1 else None
 
 
-def _offset(node: Any, tokens: sympy.Symbol, apart: bool, counted: bool) -> float | None:
+def _offset(node: Any, tokens: sympy.Symbol, apart: bool, runs: _Runs | None) -> float | None:
     """``c`` where the node's elements along the token dim are ``c, c + 1, ...``, and along others the same.
 
-    They may begin anew with each request where that will do (``apart``), as ``position_ids`` do where they are known to
-    (``counted``).
+    They may begin anew with each request where that will do (``apart``), as positions do that count by ``runs``.
     """
-    if counted and isinstance(node, fx.Node) and node.op == "placeholder":
-        return 0 if node.name == POSITIONS and shape_of(node) == (1, tokens) else None
+    if runs is not None and node is runs.positions:
+        return 0
     if not isinstance(node, fx.Node) or node.op != "call_function" or shape_of(node).count(tokens) != 1:
         return None
     args: Any = node.args
     if node.target in SAME_ORDER:
         kept = node.target is aten.expand.default or _inner(args[0], tokens) == _inner(node, tokens)
-        return _offset(args[0], tokens, apart, counted) if kept else None
+        return _offset(args[0], tokens, apart, runs) if kept else None
     if node.target in (aten.add.Tensor, aten.sub.Tensor) and not node.kwargs and isinstance(args[1], int | float):
-        base = _offset(args[0], tokens, apart, counted)
+        base = _offset(args[0], tokens, apart, runs)
         return None if base is None else base + (args[1] if node.target is aten.add.Tensor else -args[1])
     if node.target is aten.sub.Tensor and apart and args[1].meta.get("index_input") == START:
-        return _offset(args[0], tokens, apart, counted)
+        return _offset(args[0], tokens, apart, runs)
     if node.target is aten.arange.default and shape_of(node) == (tokens,):
         return 0
     if node.target is aten.arange.start and shape_of(node) == (tokens,):

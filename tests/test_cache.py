@@ -200,7 +200,6 @@ def refused() -> dict[str, str]:
     note("room", CacheFullError, input_ids=ids[:, 5:], past_key_values=cache)
     note("rows", BatchError, input_ids=ids[:1, 5:6], past_key_values=cache)
     note("mask", BatchError, input_ids=ids[:, 5:6], attention_mask=torch.ones(2, 5), past_key_values=cache)
-    note("positions", BatchError, input_ids=ids[:, 5:6], position_ids=torch.tensor([[5]]), past_key_values=cache)
     note("model", CacheError, input_ids=ids[:, 5:6], past_key_values=cache)
     own = ids + parallel.group.rank
     note("ranks", RankMismatchError, input_ids=own[:, 5:6], past_key_values=cache)
@@ -218,7 +217,6 @@ def test_what_does_not_fit_is_refused_and_the_cache_stays_as_it_was(ranks):
         assert "it was made for 8 tokens" in found["room"]
         assert "has 1 rows, the cache 2" in found["rows"]
         assert "pass [2, 6]" in found["mask"]
-        assert "was not passed in earlier calls" in found["positions"]
         assert "made for another model" in found["model"]
         assert "the values of input_ids" in found["ranks"]
         assert "changed since the last forward" in found["edited"]
@@ -232,6 +230,37 @@ def test_a_cache_may_be_passed_by_its_place():
         parallel(ids[:, :6], None, None, cache)
         found = parallel(ids[:, 6:], None, None, cache).logits
         assert error(found, model(ids, use_cache=False).logits[:, 6:]) <= 1e-5
+
+
+def test_what_earlier_tokens_came_without_is_refused_later_but_for_positions():
+    parallel = sp_compile.parallelize(build("gpt2"), sp=1, codegen="eager")
+    ids, cache = tokens(1, 9), sp_compile.ShardedCache(parallel)
+    with torch.no_grad():
+        parallel(input_ids=ids[:, :6], past_key_values=cache)
+        with pytest.raises(BatchError, match="token_type_ids was not passed in earlier calls"):
+            parallel(input_ids=ids[:, 6:], token_type_ids=ids[:, 6:], past_key_values=cache)
+        found = parallel(input_ids=ids[:, 6:], position_ids=torch.tensor([[6, 7, 8]]), past_key_values=cache).logits
+        assert error(found, parallel.module(ids, use_cache=False).logits[:, 6:]) <= 1e-5
+        with pytest.raises(BatchError, match="position_ids was passed in earlier calls"):
+            parallel(input_ids=ids[:, :1], past_key_values=cache)
+
+
+def filled_before_generate(name: str) -> tuple[list[int], list[int]]:
+    model, ids = build(name), tokens(2, 13)
+    parallel = sp_compile.parallelize(model, codegen="eager")
+    cache = sp_compile.ShardedCache(parallel, page_size=2)
+    with torch.no_grad():
+        for at, end in ((0, 5), (5, 12)):
+            parallel(input_ids=ids[:, at:end], past_key_values=cache)
+    options: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "pad_token_id": 0}
+    expected = model.generate(ids, **options)
+    return parallel.generate(ids, past_key_values=cache, **options).tolist(), expected.tolist()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mistral"])
+def test_generate_goes_on_from_a_cache_that_plain_forwards_filled(ranks, name: str):
+    for found, expected in ranks(2).run(filled_before_generate, name):
+        assert found == expected
 
 
 def test_hidden_states_come_for_the_new_tokens_of_a_model_that_never_recorded_them():

@@ -102,6 +102,51 @@ def test_positions_tell_how_far_where_they_are_known_to_count(forward: Any, coun
     assert reach_of(node, program.tokens, counted) == reach
 
 
+def jumps(positions: torch.Tensor) -> torch.Tensor:
+    """Counts of the jumps up to each row, as transformers tells packed requests apart."""
+    return (torch.diff(positions, prepend=positions[:, :1] - 1, dim=-1) != 1).cumsum(-1)
+
+
+def by_runs(self: Any, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> Any:
+    return jumps(position_ids), position_ids
+
+
+def by_runs_of_others(self: Any, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> Any:
+    return jumps(position_ids * 2), position_ids
+
+
+def by_runs_of_the_first_row(self: Any, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> Any:
+    return jumps(position_ids)[:1].expand(position_ids.shape[0], -1), position_ids
+
+
+def by_positions_of_the_first_row(self: Any, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> Any:
+    return jumps(position_ids), position_ids[0][None].expand(position_ids.shape[0], -1)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "rows", "window"),
+    [
+        (by_runs, 1, 7),
+        (by_runs, 3, 7),
+        (by_runs_of_others, 3, None),
+        (by_runs_of_the_first_row, 3, None),
+        (by_positions_of_the_first_row, 3, None),
+    ],
+)
+def test_positions_count_where_the_rule_hides_what_lies_behind_a_jump(numbers: Any, rows: int, window: int | None):
+    def forward(self: Any, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        q, k, v = qkv(inputs_embeds)
+        runs, places = (each[:, None] for each in numbers(self, inputs_embeds, position_ids))
+        queries, keys = places[..., None], places[..., None, :]
+        seen = (runs[..., None] == runs[..., None, :]) & (keys <= queries) & (keys > queries - 7)
+        return F.scaled_dot_product_attention(q, repeated(k), repeated(v), attn_mask=seen)
+
+    inputs = {"inputs_embeds": torch.randn(rows, 11, 32), "position_ids": torch.arange(11).repeat(rows, 1)}
+    program = after("propagate_placements", forward, inputs)
+    (node,) = ops.attention_nodes(program.graph)
+    assert window_of(node, program.tokens) == window
+
+
 def written_out(mask: Mask) -> Any:
     """A softmax by hand, with a mask value that leaves rows that see nothing the mean of all values."""
 
