@@ -1,25 +1,28 @@
 """Let dropout draw by the seed of the call and the place of an element in the whole tensor, not by what ran before.
 
-Requires: ``canonical``.
+Requires: ``canonical``, ``attention_raised``.
 Establishes: ``drawn_by_position``.
 
 Every token draws the same mask whatever rank computes it and however many there are; ranks that compute the same value
-draw the same. The numbers are a hash of 32 bits of the seed, the number of the dropout in the graph, and the element's
-number (the finalizer of C. Wellons, "Prospecting for Hash Functions").
+draw the same (:mod:`sp_compile.draws`). Weights of an attention draw by bits of their query, in which are the seed, the
+number of the dropout in the graph and the head, and bits of their key.
 
 Before::
 
     %dropout = aten.dropout(%x, 0.1, True)
+    %attention = sp_compile.attention(%q, %k, %v, [], 'keep = bernoulli(score, 0.9)', ...)
 
 After::
 
     %element = aten.add(aten.mul(%row, 64), %column); ...
     %kept = aten.ge(%mixed, 429496730)  # a hash of %seed, the dropout's number and %element
     %dropped = aten.mul(%x, aten.mul(aten.to(%kept, f32), 1.11))
+    %attention = sp_compile.attention(%q, %k, %v, [%of_queries, %of_keys], 'keep = drawn(x0, x1, 0.9)', ...)
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,16 +30,17 @@ import sympy
 import torch
 from torch import fx
 
+from sp_compile import ops
+from sp_compile.draws import BITS, GOLDEN, STEPS
 from sp_compile.errors import UnsupportedModelError
-from sp_compile.invariants import CANONICAL, DRAWN
+from sp_compile.invariants import CANONICAL, DRAWN, RAISED
 from sp_compile.pipeline import Pass
 from sp_compile.placements import REPLICATE
 from sp_compile.program import Program, add_call, op_name, source_line
+from sp_compile.score_rule import Assignment, calls, format_rule, parse
 from sp_compile.symbols import shape_of
 
 aten = torch.ops.aten
-ALL = 0xFFFFFFFF
-GOLDEN = 0x9E3779B9
 
 
 @dataclass(frozen=True)
@@ -44,16 +48,23 @@ class DrawByPosition(Pass):
     """Dropout by the element's place."""
 
     name = "draw_by_position"
-    requires = (CANONICAL,)
+    requires = (CANONICAL, RAISED)
     establishes = (DRAWN,)
 
     def run(self, program: Program) -> None:
         """Rewrite in place."""
-        if not program.parallel:
-            return
-        for number, node in enumerate(program.graph.find_nodes(op="call_function", target=aten.dropout.default)):
-            self._draw(program, node, number)
-        for node in program.graph.nodes if program.differentiable else ():
+        number = 0
+        for node in list(program.graph.nodes):
+            if node.target is aten.dropout.default and program.tokens is not None:
+                self._draw(program, node, number)
+            elif node.target is torch.ops.sp_compile.attention.default and calls(
+                ops.AttentionArgs(*node.args).rule, "bernoulli"
+            ):
+                self._draw_weights(program, node, number)
+            else:
+                continue
+            number += 1
+        for node in program.graph.nodes if program.differentiable and program.parallel else ():
             if isinstance(node.target, torch._ops.OpOverload) and _draws(node):
                 raise UnsupportedModelError(
                     f"{op_name(node)} ({source_line(node) or 'no source line'}) draws random numbers, which would "
@@ -64,36 +75,56 @@ class DrawByPosition(Pass):
         source, chance = node.args[:2]
         value, graph = node.meta["val"], program.graph
         with graph.inserting_before(node):
-            seed = program.index_input("seed")
-            if "val" not in seed.meta:
-                with value.fake_mode:
-                    seed.meta["val"] = torch.empty((), dtype=torch.int64, device=value.device)
-            build = _Build(program, node)
-            element: Any = None
-            for dim, size in enumerate(shape_of(node)):
-                element = build.counted(element, dim, size, value)
-            high = build.call(aten.__rshift__.Scalar, element, 32)
-            key = build.call(aten.add.Tensor, seed, GOLDEN * (number + 1) & ALL)
-            mixed = build.mixed(build.call(aten.__xor__.Tensor, element, build.mixed(key)))
-            mixed = build.mixed(build.call(aten.__xor__.Tensor, mixed, high))
+            build = _Build(program, node, value)
+            mixed = build.drawn(number, shape_of(node))
             kept = build.call(aten.ge.Scalar, mixed, round(chance * 2**32))
-            factor = build.call(aten.mul.Tensor, build.call(aten.to.dtype, kept, value.dtype), 1 / (1 - chance))
+            share = 1 / (1 - chance) if chance < 1 else 0.0
+            factor = build.call(aten.mul.Tensor, build.call(aten.to.dtype, kept, value.dtype), share)
             result = build.call(aten.mul.Tensor, source, factor)
         node.replace_all_uses_with(result)
         graph.erase_node(node)
+
+    def _draw_weights(self, program: Program, node: fx.Node, number: int) -> None:
+        args = ops.AttentionArgs(*node.args)
+        with program.graph.inserting_before(node):
+            build = _Build(program, node, args.q.meta["val"])
+            (*heads, queries), keys = shape_of(args.q)[:3], shape_of(args.k)[2]
+            of_queries = build.call(aten.unsqueeze.default, build.drawn(number, (*heads, queries)), -1)
+            of_keys = build.call(aten.unsqueeze.default, build.mixed(build.counted(None, 2, keys)), 0)
+        names = [f"x{len(args.operands) + i}" for i in range(2)]
+        rule = format_rule([
+            Assignment(each.name, "drawn", (*names, each.arguments[1])) if each.function == "bernoulli" else each
+            for each in parse(args.rule)
+        ])  # fmt: skip
+        node.args = tuple(args._replace(operands=[*args.operands, of_queries, of_keys], rule=rule))
 
 
 @dataclass
 class _Build:
     program: Program
     origin: fx.Node
+    value: Any  # whose elements draw
 
     def call(self, target: Any, *args: Any) -> fx.Node:
         return add_call(self.program.graph, target, args, REPLICATE, self.origin)
 
-    def counted(self, before: fx.Node | None, dim: int, size: sympy.Expr, value: Any) -> fx.Node:
+    def drawn(self, number: int, sizes: Sequence[sympy.Expr]) -> fx.Node:
+        """32 bits for each element of a shape, by the seed and the number of the dropout."""
+        seed = self.program.index_input("seed")
+        if "val" not in seed.meta:
+            with self.value.fake_mode:
+                seed.meta["val"] = torch.empty((), dtype=torch.int64, device=self.value.device)
+        element: Any = None
+        for dim, size in enumerate(sizes):
+            element = self.counted(element, dim, size, len(sizes))
+        high = self.call(aten.__rshift__.Scalar, element, 32)
+        key = self.call(aten.add.Tensor, seed, GOLDEN * (number + 1) & BITS)
+        mixed = self.mixed(self.call(aten.__xor__.Tensor, element, self.mixed(key)))
+        return self.mixed(self.call(aten.__xor__.Tensor, mixed, high))
+
+    def counted(self, before: fx.Node | None, dim: int, size: sympy.Expr, dims: int = 0) -> fx.Node:
         """Numbers of elements along the dims so far, ``before`` those of the dims in front."""
-        graph, length = self.program.graph, self.program.length_input()
+        graph, length, value = self.program.graph, self.program.length_input(), self.value
         whole: Any = int(size) if size.is_Integer else length
         if not size.is_Integer and size != self.program.tokens:
             raise UnsupportedModelError(
@@ -103,19 +134,19 @@ class _Build:
         with value.fake_mode:
             own.meta["val"] = torch.arange(value.shape[dim], dtype=torch.int64, device=value.device)
         own.meta["placement"] = REPLICATE
-        own = self.call(aten.reshape.default, own, [whole] + [1] * (value.dim() - dim - 1))
+        own = self.call(aten.reshape.default, own, [whole] + [1] * (dims - dim - 1))
         if before is None:
             return own
         return self.call(aten.add.Tensor, self.call(aten.mul.Tensor, before, whole), own)
 
     def mixed(self, value: fx.Node) -> fx.Node:
-        """32 bits mixed with one another; what is above is dropped."""
-        value = self.call(aten.bitwise_and.Scalar, value, ALL)
-        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, None)):
+        """32 bits mixed with one another, as :func:`sp_compile.draws.mixed` does; what is above is dropped."""
+        value = self.call(aten.bitwise_and.Scalar, value, BITS)
+        for shift, factor in STEPS:
             shifted = self.call(aten.__rshift__.Scalar, value, shift)
             value = self.call(aten.__xor__.Tensor, value, shifted)
             if factor is not None:
-                value = self.call(aten.bitwise_and.Scalar, self.call(aten.mul.Tensor, value, factor), ALL)
+                value = self.call(aten.bitwise_and.Scalar, self.call(aten.mul.Tensor, value, factor), BITS)
         return value
 
 

@@ -24,14 +24,14 @@ import torch
 from torch import fx
 
 from sp_compile import ops
-from sp_compile.errors import ConfigError, KernelError, UnsupportedModelError, nearest
+from sp_compile.errors import ConfigError, KernelError, nearest
 from sp_compile.invariants import KEYS_PADDED, PLANNED, RAISED
 from sp_compile.kernels.choice import KERNELS, Need, choose
 from sp_compile.pipeline import Pass
 from sp_compile.placements import REPLICATE, Gathered, Heads, Held, RankLocal
 from sp_compile.program import Program, gathered_index, placement, source_line
 from sp_compile.score_rule import assigns
-from sp_compile.symbols import is_float, shape_of
+from sp_compile.symbols import shape_of
 
 PLANS = {"tiles": torch.ops.sp_compile.tile_plan.default, "flex": torch.ops.sp_compile.block_mask.default}
 
@@ -59,8 +59,6 @@ class PlanAttention(Pass):
         """Rewrite in place."""
         plans: dict[Any, fx.Node] = {}
         for node in ops.attention_nodes(program.graph):
-            if program.differentiable:
-                _refuse_learned(node)
             kernel = self._choose(program, node)
             args = ops.AttentionArgs(*node.args)._replace(kernel=kernel)
             if kernel in PLANS:
@@ -99,6 +97,7 @@ def _need(program: Program, node: fx.Node) -> Need:
         empty_mean=args.empty_mean,
         mask_per_head=any(map(_per_head, args.operands)) or any(shape_of(each)[0] != 1 for each in args.tables),
         changes_scores=assigns(args.rule, "score") or assigns(args.rule, "bias"),
+        drops_weights=assigns(args.rule, "keep"),
         compiled=program.compiled,
         differentiable=program.differentiable,
         mixed_dtypes=v.dtype != q.dtype,
@@ -108,23 +107,6 @@ def _need(program: Program, node: fx.Node) -> Need:
 def _per_head(operand: fx.Node) -> bool:
     sizes = shape_of(operand)
     return len(sizes) >= 3 and sizes[-3] != 1
-
-
-def _refuse_learned(node: fx.Node) -> None:
-    """Biases and masks of weights would get no gradient."""
-    args = ops.AttentionArgs(*node.args)
-    seen: set[fx.Node] = set()
-    stack = [each for each in (*args.operands, *args.tables) if is_float(each)]
-    while stack:
-        each = stack.pop()
-        if each.meta.get("requires_grad"):
-            raise UnsupportedModelError(
-                f"the attention at {source_line(node) or 'an unknown line'} has a bias that is computed from "
-                f"{each.name}, which would get no gradient; freeze it with requires_grad_(False)"
-            )
-        if each not in seen and each.target is not torch.ops.aten.detach.default:
-            seen.add(each)
-            stack += [source for source in each.all_input_nodes if is_float(source)]
 
 
 def _plan(program: Program, node: fx.Node, args: ops.AttentionArgs) -> fx.Node:

@@ -4,8 +4,8 @@ Requires: ``canonical``.
 Establishes: ``attention_raised``.
 
 Takes ``scaled_dot_product_attention`` and every product - softmax - product, FlexAttention among them, which capture
-has written out. Masks and biases are lifted to per-token vectors and tables, repeated keys and values are un-repeated.
-What does not fit is left as it is and the reason recorded.
+has written out. Masks and biases are lifted to per-token vectors and tables, dropout of the weights to a term of the
+rule; repeated keys and values are un-repeated. What does not fit is left as it is and the reason recorded.
 
 Before::
 
@@ -126,11 +126,15 @@ def _insert(program: Program, found: SdpaAttention | EagerAttention) -> tuple[fx
         k, v = unrepeated
     rule = lifter.finish()
     args = ops.AttentionArgs(found.q, k, v, lifter.operands, lifter.tables, rule, float(found.scale), found.empty_mean)
-    raised = lifter.insert.call(torch.ops.sp_compile.attention.default, *args)
-    parts = [lifter.insert.call(getitem, raised, i) for i in range(2)]
+    dropout = lifter.terms.dropout
+    insert = lifter.insert.new if dropout else lifter.insert.call  # equal ones draw each for itself
+    raised = insert(torch.ops.sp_compile.attention.default, *args)
+    out, lse = (lifter.insert.call(getitem, raised, i) for i in range(2))
+    if dropout:
+        out = lifter.insert.call(aten.mul.Tensor, out, 1 / (1 - dropout) if dropout < 1 else 0.0)
     for missed, reason in lifter.misses:
         program.record(missed, f"mask not lifted, cut to the rank's rows: {reason}")
-    return parts[0], parts[1]
+    return out, lse
 
 
 def _unrepeat(node: fx.Node) -> fx.Node:

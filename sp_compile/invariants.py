@@ -29,6 +29,7 @@ from sp_compile.requests import keeps_apart
 from sp_compile.rules import Call, NoRule, apply
 from sp_compile.rules.gathered import through_dims
 from sp_compile.rules.reductions import splittable
+from sp_compile.score_rule import calls
 from sp_compile.symbols import expr, is_tensor, shape_of
 
 
@@ -256,8 +257,11 @@ def _logits_dropped(program: Program) -> None:
 
 def _drawn(program: Program) -> None:
     for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten.dropout.default):
-        if program.parallel:
+        if program.tokens is not None:
             raise Violation(node, "a mask drawn by the seed and the place", "one drawn by what ran before")
+    for node in ops.attention_nodes(program.graph):
+        if calls(ops.AttentionArgs(*node.args).rule, "bernoulli"):
+            raise Violation(node, "weights dropped by the seed and the place", "by what ran before")
 
 
 def _gradients_placed(program: Program) -> None:

@@ -345,19 +345,26 @@ def attention_backward(
     valid: torch.Tensor | None,
     out: torch.Tensor,
     lse: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k and v of an :func:`attention`, from those of what it returned."""
+    learned: Sequence[int],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """Gradients of q, k and v of an :func:`attention`, from those of what it returned.
+
+    And those of operands and, numbered behind these, of tables whose numbers are ``learned``.
+    """
     grad = torch.zeros_like(out) if grad is None else grad
     saved = kernels.Saved(q, k, v, out, lse, grad, grad_lse)
-    dq, dk, dv = kernels.gradients(saved, operands, tables, rule, scale, plan, valid)
+    (dq, dk, dv), of_rule = kernels.gradients(saved, operands, tables, rule, scale, plan, valid, learned)
     if empty_mean:
         dv = dv + kernels.gradient_of_means(grad, lse == -torch.inf, v, valid)
-    return dq, dk, dv
+    return dq, dk, dv, of_rule
 
 
 @attention_backward.register_fake
-def _(grad: Any, grad_lse: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) -> Any:
-    return tuple(torch.empty_like(each, memory_format=torch.contiguous_format) for each in (q, k, v))
+def _(grad: Any, grad_lse: Any, *args: Any) -> Any:
+    (q, k, v, operands, tables), learned = args[:5], args[-1]
+    vectors = [*operands, *tables]
+    found = [torch.empty_like(each, memory_format=torch.contiguous_format) for each in (q, k, v)]
+    return *found, [torch.empty_like(vectors[i]) for i in learned]
 
 
 def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -371,11 +378,16 @@ def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tenso
 def _attention_gradient(ctx: Any, grad: torch.Tensor | None, grad_lse: torch.Tensor | None) -> Any:
     q, k, v, plan, valid, out, lse, *vectors = ctx.saved_tensors
     operands, tables = vectors[: ctx.operands], vectors[ctx.operands :]
-    found = attention_backward(
-        grad, grad_lse, q, k, v, operands, tables, ctx.rule, ctx.scale, ctx.empty_mean, plan, valid, out, lse
+    wanted = [*ctx.needs_input_grad[3], *ctx.needs_input_grad[4]]
+    learned = [i for i, each in enumerate(wanted) if each]
+    *found, of_rule = attention_backward(
+        grad, grad_lse, q, k, v, operands, tables, ctx.rule, ctx.scale, ctx.empty_mean, plan, valid, out, lse, learned
     )
+    of_vectors: list[torch.Tensor | None] = [None] * len(wanted)
+    for i, each in zip(learned, of_rule, strict=True):
+        of_vectors[i] = each
     others = len(ctx.needs_input_grad) - 5  # defaults at the end are left out
-    return *found, [None] * len(operands), [None] * len(tables), *[None] * others
+    return *found, of_vectors[: ctx.operands], of_vectors[ctx.operands :], *[None] * others
 
 
 attention.register_autograd(_attention_gradient, setup_context=_save_attention)

@@ -7,7 +7,8 @@ A rule is text, one assignment per ``;``, so it prints in a graph, hashes, and t
 ``x<i>`` are operands that broadcast to ``[batch, heads, queries, keys]`` (a vector per query has size 1 at the keys and
 the other way round), ``table<i>`` are whole tables ``[heads or 1, entries]`` that ``lookup(table0, index)`` reads, and
 ``score`` is ``scale * q @ k^T``. A rule assigns any of ``mask`` (bool, True attends), ``bias``
-(added to the score) and ``score`` (replaces the score before the bias). Evaluated on slices of the operands it yields
+(added to the score), ``score`` (replaces the score before the bias) and ``keep`` (bool, False drops a weight of the
+softmax, which sums to 1 with it). Evaluated on slices of the operands it yields
 the tile of a mask; evaluated on ranges of them it tells which tiles are empty or full, without touching an element.
 """
 
@@ -23,6 +24,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from sp_compile.draws import drawn
 
 
 def _lookup(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -71,6 +74,8 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "int": lambda value: value.to(torch.int64),
     "float": lambda value: value.to(torch.float32),
     "lookup": _lookup,
+    "bernoulli": lambda score, chance: torch.rand_like(score) < chance,
+    "drawn": drawn,
 }
 
 
@@ -162,6 +167,58 @@ def score_and_derivative(
     return values["score"], slopes.get("score", torch.zeros_like(score))
 
 
+def gradients(
+    rule: str,
+    operands: Sequence[torch.Tensor],
+    tables: Sequence[torch.Tensor],
+    score: torch.Tensor,
+    change: torch.Tensor,
+    wanted: Sequence[str],
+) -> list[torch.Tensor]:
+    """Gradients of operands and tables.
+
+    Args:
+        score: what the rule calls ``score``.
+        change: the gradient of the score that the rule makes, with its bias.
+        wanted: names of operands and tables.
+
+    Raises:
+        ValueError: the rule uses a function whose derivative is not known.
+    """
+    values: dict[Any, Any] = {f"x{i}": operand for i, operand in enumerate(operands)}
+    values |= {f"table{i}": table for i, table in enumerate(tables)}
+    values["score"] = score
+    learned, steps = set(wanted), []
+    for each in needed(rule, ("score", "bias")):
+        inputs = [values[item] if isinstance(item, str) else item for item in each.arguments]
+        values[each.name] = call(each.function, inputs, score.device)
+        if learned.intersection(each.arguments) and each.function not in _STEPS:
+            learned.add(each.name)
+            steps.append((each, inputs, values[each.name]))
+    found: dict[Any, torch.Tensor] = {name: change for name in ("score", "bias") if name in learned}
+    for each, inputs, value in reversed(steps):
+        of_value = found.pop(each.name, None)
+        for i, item in enumerate(each.arguments if of_value is not None else ()):
+            if item not in learned:
+                continue
+            assert of_value is not None
+            if each.function == "lookup":
+                part = _of_table(inputs[0], inputs[1], of_value)
+            else:
+                part = (of_value * _slope(each, i, inputs, value)).sum_to_size(inputs[i].shape)
+            found[item] = found[item] + part if item in found else part
+    return [found.get(name, torch.zeros_like(values[name])) for name in wanted]
+
+
+def _of_table(table: torch.Tensor, index: torch.Tensor, of_entries: torch.Tensor) -> torch.Tensor:
+    """The gradient of a table by that of what was looked up in it."""
+    batch, heads, queries, keys = of_entries.shape
+    index = index.reshape((1,) * (4 - index.dim()) + tuple(index.shape)).expand(batch, 1, queries, keys)
+    whole = of_entries.new_zeros(heads, table.shape[1])
+    whole.index_add_(1, index.flatten().to(torch.int64), of_entries.transpose(0, 1).flatten(1))
+    return whole.sum_to_size(table.shape)
+
+
 def _slope(assignment: Assignment, i: int, inputs: Sequence[Any], value: torch.Tensor) -> Any:
     """The derivative of a function by its i-th argument."""
     known = _SLOPES.get(assignment.function)
@@ -230,8 +287,13 @@ def _number(value: float, floats: torch.dtype, device: torch.device) -> torch.Te
 
 
 def assigns(rule: str, name: str) -> bool:
-    """Whether the rule sets ``mask``, ``bias`` or ``score``."""
+    """Whether the rule sets ``mask``, ``bias``, ``score`` or ``keep``."""
     return any(each.name == name for each in parse(rule))
+
+
+def calls(rule: str, function: str) -> bool:
+    """Whether the rule calls a function."""
+    return any(each.function == function for each in parse(rule))
 
 
 Interval = tuple[np.ndarray, np.ndarray]

@@ -20,6 +20,18 @@ RULES = {
     "alibi": "mask = le(x1, x0); t1 = sub(x1, x0); t2 = float(t1); bias = mul(t2, 0.25)",
     "softcap": "mask = le(x1, x0); t1 = div(score, 0.5); t2 = tanh(t1); score = mul(t2, 0.5)",
     "blind rows": "mask = lt(x1, x0)",
+    "dropped weights": "mask = le(x1, x0); keep = drawn(x4, x5, 0.8)",
+    "dropped weights of changed scores": "t1 = tanh(score); score = mul(t1, 0.5); keep = drawn(x4, x5, 0.3)",
+}
+LEARNED = {
+    "per query and head": "mask = le(x1, x0); bias = mul(x6, 3.0)",
+    "per key, twice": "mask = le(x1, x0); t1 = exp(x7); bias = add(t1, x7)",
+    "a product of both": "mask = le(x1, x0); bias = mul(x6, x7)",
+    "a table": "mask = le(x1, x0); t0 = sub(x0, x1); t1 = abs(t0); t2 = lookup(table0, t1); bias = mul(t2, 0.5)",
+    "a table of all heads, and a factor of scores": (
+        "t0 = sub(x0, x1); t1 = abs(t0); bias = lookup(table1, t1); t3 = mul(score, x6); score = tanh(t3)"
+    ),
+    "where dropped": "mask = le(x1, x0); t0 = eq(x2, x3); bias = where(t0, x6, x7); keep = drawn(x4, x5, 0.8)",
 }
 
 
@@ -27,18 +39,11 @@ RULES = {
 @pytest.mark.parametrize("lse_too", [False, True], ids=["output", "log-sum-exp too"])
 @pytest.mark.parametrize("empty_mean", [False, True], ids=["zero", "mean"])
 def test_gradients_are_those_of_the_definition(rule: str, lse_too: bool, empty_mean: bool):
-    generator = torch.Generator().manual_seed(0)
-    queries, keys = 150, 210
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
-
-    q, k, v = random(2, 6, queries, 16), random(2, 2, keys, 16), random(2, 2, keys, 24)
-    rows, columns = torch.arange(queries)[:, None], torch.arange(keys)[None, :]
-    operands = [rows, columns, rows // 40, columns // 40]
-    valid = torch.arange(keys) < 200
+    q, k, v = random(2, 6, QUERIES, 16), random(2, 2, KEYS, 16), random(2, 2, KEYS, 24)
+    operands = vectors()
+    valid = torch.arange(KEYS) < 200
     out, lse = ops.attention(q, k, v, operands, [], rule, 0.25, empty_mean, "tiles", None, valid)
-    wanted, wanted_lse, blind = definition(q, k, v, operands, rule, 0.25, valid)
+    wanted, wanted_lse, blind = definition(q, k, v, operands, [], rule, 0.25, valid)
     if empty_mean:
         mean = v[:, :, valid].mean(dim=2, keepdim=True).repeat_interleave(3, dim=1)
         wanted = torch.where(blind.unsqueeze(-1), mean, wanted)
@@ -53,11 +58,43 @@ def test_gradients_are_those_of_the_definition(rule: str, lse_too: bool, empty_m
         torch.testing.assert_close(each, other, rtol=1e-10, atol=1e-12)
 
 
+QUERIES, KEYS = 150, 210
+
+
+def random(*shape: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+
+def vectors() -> list[torch.Tensor]:
+    """Numbers of rows, of requests, and bits to draw by."""
+    rows, columns = torch.arange(QUERIES)[:, None], torch.arange(KEYS)[None, :]
+    bits = torch.randint(0, 1 << 32, (2, 6, QUERIES, 1), generator=torch.Generator().manual_seed(1))
+    return [rows, columns, rows // 40, columns // 40, bits, bits[0, 0, :1] ^ (columns * 2654435761 & 0xFFFFFFFF)]
+
+
+@pytest.mark.parametrize("rule", LEARNED.values(), ids=LEARNED)
+def test_what_a_rule_learns_from_gets_its_gradient(rule: str):
+    q, k, v = random(2, 6, QUERIES, 16), random(2, 2, KEYS, 16), random(2, 2, KEYS, 24)
+    learned = [random(2, 6, QUERIES, 1), random(1, KEYS)]
+    tables = [random(6, KEYS), random(1, KEYS)]
+    operands, valid = [*vectors(), *learned], torch.arange(KEYS) < 200
+    out, _ = ops.attention(q, k, v, operands, tables, rule, 0.25, False, "tiles", None, valid)
+    wanted, _, _ = definition(q, k, v, operands, tables, rule, 0.25, valid)
+    by_out, leaves = torch.randn_like(out), (q, k, v, *learned, *tables)
+    found = torch.autograd.grad((out * by_out).sum(), leaves)
+    expected = torch.autograd.grad((wanted * by_out).sum(), leaves, allow_unused=True)
+    assert any(each is not None for each in expected[3:])
+    for each, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(each, torch.zeros_like(each) if other is None else other, rtol=1e-10, atol=1e-12)
+
+
 def definition(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     operands: Sequence[torch.Tensor],
+    tables: Sequence[torch.Tensor],
     rule: str,
     scale: float,
     valid: torch.Tensor,
@@ -66,10 +103,10 @@ def definition(
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     score = q @ k.transpose(-1, -2) * scale
-    values = evaluate(rule, operands, ("mask", "bias", "score"), score)
+    values = evaluate(rule, operands, ("mask", "bias", "score", "keep"), score, tables)
     score = values.get("score", score) + values.get("bias", 0.0)
     mask = (values.get("mask", torch.tensor(True)) & valid).expand(score.shape)
     blind = ~mask.any(dim=-1)
     score = torch.where(mask, score, -1e300)
     weights = torch.where(blind.unsqueeze(-1), 0.0, torch.softmax(score, dim=-1))
-    return weights @ v, torch.logsumexp(score, dim=-1), blind
+    return (weights * values.get("keep", 1.0)) @ v, torch.logsumexp(score, dim=-1), blind

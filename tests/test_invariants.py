@@ -154,6 +154,11 @@ def drop_by_state(program: Program) -> None:
         program.graph.call_function(torch.ops.aten.dropout.default, (output.all_input_nodes[0], 0.5, True))
 
 
+def drop_weights_by_state(program: Program) -> None:
+    (node,) = ops.attention_nodes(program.graph)
+    node.args = tuple(AttentionArgs(*node.args)._replace(rule="keep = bernoulli(score, 0.9)"))
+
+
 def want_only_the_loss(program: Program) -> None:
     program.outputs = "loss"
 
@@ -199,6 +204,9 @@ BROKEN = {
     "dropout that the generator's state decides": Broken(
         invariants.DRAWN, "draw_by_position", doubled, drop_by_state,
         r"%dropout\w* \(aten.dropout\): expected a mask drawn by the seed and the place, found one drawn by what ran"),
+    "weights that are dropped by the generator's state": Broken(
+        invariants.DRAWN, "draw_by_position", attention, drop_weights_by_state,
+        r"%attention\w* \(sp_compile.attention\): expected weights dropped by the seed and the place, found by"),
     "a weight whose gradient stays on its rank": Broken(
         invariants.GRADIENTS_PLACED, "place_gradients", doubled, want_gradients,
         r"%inputs_embeds \(.*\): expected a weight whose gradient is summed over ranks, found used by %"),

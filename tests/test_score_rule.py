@@ -142,7 +142,8 @@ def test_functions_are_those_of_torch(call: str):
 
 
 def test_every_function_is_tried():
-    assert {call.partition("(")[0] for call in DIRECT} == set(SIGNATURES) == set(FUNCTIONS) - {"lookup"}
+    elsewhere = {"lookup", "bernoulli", "drawn"}  # tests/test_draws.py has the last two
+    assert {call.partition("(")[0] for call in DIRECT} == set(SIGNATURES) == set(FUNCTIONS) - elsewhere
 
 
 @pytest.mark.parametrize("heads", [1, 3])

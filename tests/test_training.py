@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -10,8 +11,11 @@ import torch
 from sp_compile.errors import BatchError, RankMismatchError, UnsupportedModelError
 from tests.training import (
     MODELS,
+    Plain,
     apart,
     batch_of,
+    biased,
+    biased_on_ranks,
     built,
     on_a_mesh,
     on_ranks,
@@ -67,6 +71,16 @@ def test_every_strategy_is_exact(ranks, sp: int, config: dict[str, Any]):
             assert apart(found, wanted) <= EXACT
 
 
+@pytest.mark.parametrize("strategy", ["allgather_kv", "fetch", "ring", "ulysses"])
+def test_biases_that_attention_learns_are_exact(ranks, strategy: str):
+    """A table of relative distances for each head, and slopes that a row's own features set."""
+    batches = [batch_of((1, 25), slice(0, 8)), batch_of((2, 9), slice(0, 3), 3)]
+    expected = [plain_step(biased(), batch) for batch in batches]
+    for steps in ranks(3).run(biased_on_ranks, batches, strategy):
+        for found, wanted in zip(steps, expected, strict=True):
+            assert apart(found, wanted) <= EXACT
+
+
 def test_generated_code_for_new_lengths(ranks):
     """Labels that only one rank has, a boundary of labels where a shard ends, and a batch with padding."""
     one_rank, boundary = batch_of((1, 13), slice(0, 12)), batch_of((1, 16), slice(0, 8), seed=2)
@@ -101,12 +115,13 @@ def test_autocast_is_as_exact_as_on_one_rank(ranks):
         assert 1e-4 < apart(found, exact) <= 2 * own
 
 
-def dropped(sp_rows: int, chance: float, checkpoint: bool = False) -> list[torch.Tensor]:
+def dropped(sp_rows: int, chance: float, checkpoint: bool = False, strategy: str = "fetch") -> list[torch.Tensor]:
     """Loss and gradients of two steps of GPT-2 with dropout, from one seed."""
     import sp_compile
 
     torch.manual_seed(SEED)
-    parallel = sp_compile.parallelize(built("GPT2", resid_pdrop=chance, embd_pdrop=chance), codegen="eager")
+    chances = {"resid_pdrop": chance, "embd_pdrop": chance, "attn_pdrop": chance}
+    parallel = sp_compile.parallelize(built("GPT2", **chances), codegen="eager", attention=strategy, strict=True)
     if checkpoint:
         parallel.module.gradient_checkpointing_enable()
     torch.manual_seed(SEED)
@@ -115,8 +130,10 @@ def dropped(sp_rows: int, chance: float, checkpoint: bool = False) -> list[torch
 
 
 def test_dropout_draws_the_same_whatever_the_number_of_ranks(ranks):
-    by_two, by_three = (ranks(sp).run(dropped, 14, 0.2) for sp in (2, 3))
-    for found in (*by_two, *by_three):
+    """In attention too, by whatever strategy."""
+    setups = ((2, "allgather_kv"), (3, "ring"), (3, "ulysses"), (1, "fetch"))
+    by_two, *others = (ranks(sp).run(dropped, 14, 0.2, False, strategy) for sp, strategy in setups)
+    for found in (*by_two, *itertools.chain.from_iterable(others)):
         for each, other in zip(found, by_two[0], strict=True):
             torch.testing.assert_close(each, other, rtol=1e-4, atol=1e-6)
     losses = by_two[0][0]
@@ -165,6 +182,15 @@ def test_twenty_steps_track_those_of_one_rank(ranks, outputs: str):
         torch.testing.assert_close(torch.tensor(found), expected, rtol=1e-4, atol=1e-4)
 
 
+class Noisy(Plain):
+    """Adds noise to its embeddings."""
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> Any:
+        x = self.embed(input_ids)
+        logits = self.head(x + 0.1 * torch.randn_like(x))
+        return torch.nn.functional.cross_entropy(logits.view(-1, 128), labels.reshape(-1))
+
+
 def refusals() -> list[str]:
     """What bad input to a step of training says."""
     import torch.distributed as dist
@@ -175,8 +201,8 @@ def refusals() -> list[str]:
     batch = batch_of()
     llama = sp_compile.parallelize(built("Llama"), codegen="eager")
     found = [told(lambda: llama(input_ids=batch["input_ids"], labels=batch["labels"][:, 1:]))]
-    attention = sp_compile.parallelize(built("GPT2", attn_pdrop=0.1), codegen="eager")
-    found.append(told(lambda: attention(**batch)))
+    noisy = sp_compile.parallelize(Noisy(), codegen="eager")
+    found.append(told(lambda: noisy(**batch)))
     loss = llama(**batch).loss
     loss.backward()
     found.append(told(loss.backward))
@@ -196,10 +222,10 @@ def refusals() -> list[str]:
 
 
 def test_bad_input_is_refused(ranks):
-    for labels, dropout, twice, ignored, weights, spread in ranks(2).run(refusals):
+    for labels, noise, twice, ignored, weights, spread in ranks(2).run(refusals):
         assert labels == f"{BatchError.__name__}: labels have shape [1, 12], the tokens [1, 13]; pass one each"
-        assert dropout.startswith(UnsupportedModelError.__name__)
-        assert "draws random numbers" in dropout
+        assert noise.startswith(UnsupportedModelError.__name__)
+        assert "draws random numbers" in noise
         assert "backward through the graph a second time" in twice
         assert ignored == "nan"
         assert weights.startswith(f"{RankMismatchError.__name__}: ranks disagree on the parameter model.norm.weight")

@@ -113,17 +113,47 @@ class Plain(nn.Module):
         for qkv, out, norm in zip(self.qkv, self.out, self.norms, strict=True):
             sizes = [each * size for each in (self.heads, self.kv_heads, self.kv_heads)]
             q, k, v = (each.view(batch, length, -1, size).transpose(1, 2) for each in qkv(norm(x)).split(sizes, dim=-1))
-            seen = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            seen = self.attend(q, k, v, x)
             x = x + out(seen.transpose(1, 2).reshape(batch, length, width))
         logits = self.head(x)
         shifted = F.pad(labels, (0, 1), value=-100)[:, 1:]
         return F.cross_entropy(logits.view(-1, 128), shifted.reshape(-1)), logits
 
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Causal attention of a layer whose input is ``x``."""
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+class Biased(Plain):
+    """Scores change by learned numbers of the distance, and by a gate of the query."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.distances, self.gate = nn.Embedding(16, self.heads), nn.Linear(32, self.heads)
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """With both biases."""
+        places = torch.arange(q.shape[2], device=q.device)
+        distance = places[:, None] - places[None, :]
+        learned = self.distances(distance.clamp(0, 15)).permute(2, 0, 1)[None]
+        gated = self.gate(x).transpose(1, 2)[..., None] * distance
+        bias = (learned + 0.1 * gated).masked_fill(distance < 0, -torch.inf)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=True)
+
 
 def plain(dtype: torch.dtype = torch.float64) -> nn.Module:
     """:class:`Plain` with random weights."""
+    return _random(Plain, dtype)
+
+
+def biased() -> nn.Module:
+    """:class:`Biased` with random weights, in fp64."""
+    return _random(Biased, torch.float64)
+
+
+def _random(kind: type[Plain], dtype: torch.dtype) -> nn.Module:
     torch.manual_seed(0)
-    model = Plain()
+    model = kind()
     randomize(model)
     return model.to(dtype).train()
 
@@ -140,6 +170,12 @@ def plain_step(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, torch.Te
 def plain_on_ranks(batches: Sequence[Mapping[str, Any]], **config: Any) -> list[dict[str, torch.Tensor]]:
     """Steps on the ranks of this group."""
     parallel = sp_compile.parallelize(plain(), **{"codegen": "eager", **config})
+    return [plain_step(parallel, batch) for batch in batches]
+
+
+def biased_on_ranks(batches: Sequence[Mapping[str, Any]], strategy: str) -> list[dict[str, torch.Tensor]]:
+    """Steps of :class:`Biased` on the ranks of this group; a bias or mask that is not lifted is an error."""
+    parallel = sp_compile.parallelize(biased(), codegen="eager", attention=strategy, strict=True)
     return [plain_step(parallel, batch) for batch in batches]
 
 

@@ -47,12 +47,15 @@ def gradients(
     scale: float,
     plan: torch.Tensor | None,
     valid: torch.Tensor | None,
-) -> Gradients:
-    """Gradients of an attention's q, k and v, whatever kernel ran it."""
+    learned: Sequence[int],
+) -> tuple[Gradients, list[torch.Tensor]]:
+    """Gradients of an attention's q, k and v, and of operands and tables of these numbers, whatever kernel ran it."""
     q, k, v = saved[:3]
     regions = _regions(q, k, operands, tables, rule, plan, valid)
-    dq, dk, dv = attend_backward(saved, operands, tables, rule, scale, regions, valid)
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+    (dq, dk, dv), of_rule = attend_backward(saved, operands, tables, rule, scale, regions, valid, learned)
+    vectors = [*operands, *tables]
+    of_rule = [each.to(vectors[i].dtype) for i, each in zip(learned, of_rule, strict=True)]
+    return (dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)), of_rule
 
 
 def _regions(

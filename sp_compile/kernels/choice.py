@@ -29,6 +29,7 @@ class Need:
         empty_mean: a query that sees no key gets the mean of the values.
         mask_per_head: heads have masks of their own.
         changes_scores: the rule changes scores or adds a bias.
+        drops_weights: the rule drops weights of the softmax.
         compiled: code is generated for the graph.
         mixed_dtypes: keys and values are not of the queries' dtype.
         differentiable: gradients are wanted.
@@ -42,6 +43,7 @@ class Need:
     empty_mean: bool = False
     mask_per_head: bool = False
     changes_scores: bool = False
+    drops_weights: bool = False
     compiled: bool = True
     mixed_dtypes: bool = False
     differentiable: bool = False
@@ -59,6 +61,8 @@ def _flex(need: Need) -> str | None:
         return f"it does not take {need.dtype}"
     if need.differentiable:
         return "it is not used where gradients are wanted"
+    if need.drops_weights:
+        return "it does not drop weights"
     if need.mixed_dtypes:
         return "it takes queries, keys and values of one dtype"
     if need.empty_mean and need.mask_per_head:

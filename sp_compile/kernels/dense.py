@@ -46,7 +46,8 @@ def dense_partial(
         score = score.masked_fill(~mask, -torch.inf)
     lse = torch.logsumexp(score, dim=-1)
     weights = torch.exp(score - lse.unsqueeze(-1)).nan_to_num_(0.0)
-    return weights @ v.to(wide), lse
+    kept = evaluate(rule, operands, ("keep",), score, tables).get("keep")
+    return (weights if kept is None else weights * kept) @ v.to(wide), lse
 
 
 def attend(

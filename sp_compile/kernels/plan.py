@@ -146,8 +146,9 @@ class _Planner:
         self.mixed: list[Assignment] = []
         self._split()
         # an element that some head sees is then masked anew when it is computed
-        self.heads_differ = any(len(each) > 1 for each in tables) or any(
-            each.dim() >= 3 and each.shape[-3] > 1 for each in operands
+        read = {item for each in needed(rule, ("mask",)) for item in each.arguments}
+        self.heads_differ = any(len(each) > 1 for i, each in enumerate(tables) if f"table{i}" in read) or any(
+            each.dim() >= 3 and each.shape[-3] > 1 for i, each in enumerate(operands) if f"x{i}" in read
         )
         used = {item for each in self.mixed for item in each.arguments}
         vectors = [each for name, each in self.vectors.items() if name in used]

@@ -1,8 +1,8 @@
 """Attention on a CPU: the planned regions through torch's flash kernel, partial outputs merged by log-sum-exp.
 
-Regions that are bands run as the strips of :mod:`sp_compile.kernels.strips`. Where the rule changes scores or adds a
-bias, or the mask is no band, blocks of bounded size are computed with what the rule gives for them. Other devices than
-a CPU have no such kernel here; there all blocks are matrix products.
+Regions that are bands run as the strips of :mod:`sp_compile.kernels.strips`. Where the rule changes scores, adds a
+bias or drops weights, or the mask is no band, blocks of bounded size are computed with what the rule gives for them.
+Other devices than a CPU have no such kernel here; there all blocks are matrix products.
 
 Letters: B batch, H query heads, G key/value heads, Q queries, K keys, D head dim, E value head dim.
 """
@@ -52,12 +52,13 @@ def attend(
     out = q_BHQD.new_empty(batch, queries, heads, v_BGKE.shape[-1], dtype=wide).transpose(1, 2)
     lse = q_BHQD.new_empty(batch, heads, queries, dtype=wide)
     written = np.zeros((batch, queries), dtype=bool)
-    holding = assigns(rule, "bias") or _by_products(rule, q_BHQD)
+    products = by_products(rule, q_BHQD)
+    holding = assigns(rule, "bias") or products
     few, others = ({}, regions) if holding else of_few_queries(regions)
     for region in others:
         rows = _batch_rows(region.row)
         parts = q_BHQD[rows], k_BGKD[rows], v_BGKE[rows]
-        call = _Call(*parts, [rows_of(each, rows) for each in operands], tables, rule, scale, valid)
+        call = _Call(*parts, [rows_of(each, rows) for each in operands], tables, rule, scale, valid, products)
         for at, part in call.held(region) if region.masked or holding else call.banded(region):
             span = rows, slice(*at)
             seen = written[span]
@@ -83,9 +84,9 @@ def _batch_rows(row: int) -> slice:
     return slice(row, row + 1) if row >= 0 else slice(None)
 
 
-def _by_products(rule: str, q: torch.Tensor) -> bool:
+def by_products(rule: str, q: torch.Tensor) -> bool:
     """Whether torch's kernel cannot serve."""
-    return assigns(rule, "score") or q.device.type != "cpu"
+    return assigns(rule, "score") or assigns(rule, "keep") or q.device.type != "cpu"
 
 
 def _within(shape: tuple[int, ...], span: tuple[slice, slice]) -> np.ndarray:
@@ -116,6 +117,7 @@ class _Call:
     rule: str
     scale: float
     valid: torch.Tensor | None
+    by_products: bool
 
     def banded(self, region: Region) -> Iterator[Placed]:
         """A region without biases whose mask is a band."""
@@ -155,11 +157,10 @@ class _Call:
 
     def held(self, region: Region) -> Iterator[Placed]:
         """A region whose mask, bias or changed scores are held, a block at a time."""
-        by_products = _by_products(self.rule, self.q)
         for rows, keys, cut, mask, bias in held_blocks(region, self.operands, self.tables, self.rule, self.valid):
             q, k, v = self.q[:, :, rows], self.k[:, :, keys], self.v[:, :, keys]
             at = rows.start, rows.stop
-            if by_products:
+            if self.by_products:
                 yield at, dense_partial(q, k, v, cut, self.tables, self.rule, self.scale, mask, bias)
             else:
                 added = added_to_scores(mask, bias, q, k)

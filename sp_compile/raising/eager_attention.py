@@ -135,6 +135,7 @@ def match(root: fx.Node, insert: Inserter, batch: int) -> EagerAttention:
     value_dims = retie(second, form.weights[-1], weights)
     features = _features(second, value_dims, frame)
     lifter = Lifter(insert, frame)
+    lifter.terms.dropout = form.dropout
     chain = ScoreChain(lifter, path, dims, needs_lse=bool(form.sinks or lse_users))
     chain.peel(form.scores)
     for node, holds in form.masks:

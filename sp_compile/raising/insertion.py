@@ -35,6 +35,10 @@ class Inserter:
         for node in self.graph.find_nodes(op="call_function", target=target):
             if list(node.args) == list(args) and node.kwargs == kwargs and node < self.before:
                 return node
+        return self.new(target, *args, **kwargs)
+
+    def new(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """A call of its own."""
         with self.graph.inserting_before(self.before):
             node = computed(self.graph, target, args, kwargs, self.before.meta["anchor"].fake_mode)
         node.meta["stack_trace"] = self.before.meta.get("stack_trace")

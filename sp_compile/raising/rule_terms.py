@@ -1,4 +1,4 @@
-"""The terms of a score rule while it is built: which hide keys, which add to the score, which change it."""
+"""The terms of a score rule while it is built: which hide keys, add to the score, change it, or drop weights."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ class Terms:
     Attributes:
         zero_one: names of values that are 0 or 1 (or False or True) everywhere.
         empty_mean: a row that sees no key gets the mean of the values, since what hides its keys is a finite number.
+        dropout: with which probability a weight is dropped.
     """
 
     assignments: dict[str, Assignment] = field(default_factory=dict)
@@ -38,6 +39,7 @@ class Terms:
     biases: list[Any] = field(default_factory=list)
     score: Any = None
     empty_mean: bool = False
+    dropout: float = 0.0
     _names: dict[tuple[Any, ...], str] = field(default_factory=dict)
 
     def call(self, function: str, *arguments: Any) -> Any:
@@ -163,6 +165,8 @@ class Terms:
     def finish(self) -> list[Assignment]:
         """The assignments that the outputs need, in order, and then the outputs."""
         outputs = {"score": self.score, "mask": self._join("and", self.masks), "bias": self._join("add", self.biases)}
+        if self.dropout:
+            outputs["keep"] = self.call("bernoulli", "score", 1.0 - self.dropout)
         outputs = {name: value for name, value in outputs.items() if value is not None}
         needed = {value for value in outputs.values() if isinstance(value, str)}
         kept = []

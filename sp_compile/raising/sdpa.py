@@ -66,12 +66,11 @@ def match(node: fx.Node, insert: Inserter, batch: int) -> SdpaAttention:
     for name in _NAMES[:3]:
         if shape_of(values[name])[-2] != insert.tokens:
             raise NearestMiss(f"its {name} %{values[name].name} is not over the tokens: {list(shape_of(values[name]))}")
-    if values.get("dropout_p"):
-        raise NearestMiss(f"dropout_p={values['dropout_p']}; call model.eval()")
     dims = new_dims(shape_of(q))
     frame = _frame(dims, Atom(insert.tokens), batch)
     node.meta["anchor"] = node.meta["val"]
     lifter = Lifter(insert, frame)
+    lifter.terms.dropout = float(values.get("dropout_p") or 0.0)
     _mask(lifter, values, dims)
     scale = values.get("scale")
     wanted: Dims = (frame.batch, frame.heads, dims[-2], dims[-1])

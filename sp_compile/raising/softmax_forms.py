@@ -38,6 +38,7 @@ class SoftmaxForm:
         masks: ``(node, holds)``: keys are seen only where the node has this truth; put on the exponentials.
         divided: what divides the product, where the weights are not divided before.
         empty_is_zero: rows that see no key are 0 by the way it is written.
+        dropout: with which probability a weight is dropped.
     """
 
     root: fx.Node
@@ -47,6 +48,7 @@ class SoftmaxForm:
     masks: list[tuple[fx.Node, bool]] = field(default_factory=list)
     divided: fx.Node | None = None
     empty_is_zero: bool = False
+    dropout: float = 0.0
 
     @property
     def product(self) -> fx.Node:
@@ -97,20 +99,16 @@ def _weights(
             has_sink = False
         elif user.target is aten.nan_to_num.default and (*user.args, None)[1] in (None, 0.0):
             form.empty_is_zero = True
+        elif user.target is aten.dropout.default and not form.dropout:
+            form.dropout = float(user.args[1])
         elif user.target not in (*_WEIGHT_VIEWS, *CASTS):
             break
         path = [*path, user]
     if has_sink:
         raise NearestMiss(f"the sink's column stays in the weights %{path[-1].name}")
     if user.target not in PRODUCTS:
-        raise NearestMiss(_not_a_product(user))
+        raise NearestMiss(f"the weights go into %{user.name}, not into a product with the values")
     return path
-
-
-def _not_a_product(user: fx.Node) -> str:
-    if user.target in (aten.dropout.default, aten.native_dropout.default):
-        return f"%{user.name} drops weights with p={user.args[1]}; call model.eval()"
-    return f"the weights go into %{user.name}, not into a product with the values"
 
 
 def _drops_last(node: fx.Node) -> bool:

@@ -8,12 +8,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from sp_compile.capture import Captured
-from sp_compile.errors import ConfigError, UnsupportedModelError
+from sp_compile.errors import ConfigError
 from sp_compile.layout import token_layout
 from sp_compile.ops import AttentionArgs
 from sp_compile.passes.plan_attention import PlanAttention
-from sp_compile.pipeline import build_pipeline, run_pipeline
 from sp_compile.placements import describe
 from sp_compile.program import placement
 from tests.passes.graphs import after, call, calls, check_placements, embeds, outputs, qkv, repeated, run_whole
@@ -88,43 +86,3 @@ def test_ranks_compute_from_their_plans_what_the_model_does(kernel: str, sp: int
 def test_a_model_without_attention_needs_no_plan():
     program = after("plan_attention", lambda self, inputs_embeds: 2 * inputs_embeds)
     assert [each for each in program.graph.nodes if "index_input" in each.meta] == []
-
-
-def test_a_learned_bias_is_refused_where_gradients_are_wanted():
-    program = planned_for_training(frozen=False)
-    assert isinstance(program, UnsupportedModelError)
-    assert "has a bias that is computed from bias" in str(program)
-    assert not isinstance(planned_for_training(frozen=True), Exception)
-
-
-def planned_for_training(frozen: bool) -> Any:
-    """What planning an attention with a bias of weights gives, or what it raises."""
-    found: list[Any] = []
-
-    def backend(gm: torch.fx.GraphModule, _: Any) -> Any:
-        program = Captured(gm).program(2, "pretend", "full")
-        passes = ("normalize", "raise_attention", "shard_tokens", "propagate_placements", "shard_attention",
-                  "plan_attention")  # fmt: skip
-        try:
-            run_pipeline(program, build_pipeline(passes))
-            found.append(program)
-        except UnsupportedModelError as error:
-            found.append(error)
-        return gm.forward
-
-    class Biased(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.bias = torch.nn.Parameter(torch.randn(4, 1, 1), requires_grad=not frozen)
-            self.scale = torch.nn.Parameter(torch.ones(1))
-
-        def forward(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
-            q = (inputs_embeds * self.scale).unflatten(-1, (4, -1)).transpose(1, 2)
-            places = torch.arange(q.shape[2])
-            far = (places[:, None] - places[None, :]).abs() * self.bias
-            return torch.nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=far[None])
-
-    inputs = torch.randn(1, 9, 32)
-    torch._dynamo.mark_dynamic(inputs, 1)
-    torch.compile(Biased(), backend=backend, fullgraph=True)(inputs)
-    return found[0]
