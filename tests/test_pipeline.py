@@ -75,7 +75,7 @@ def test_a_mistake_in_the_pipeline_is_told(spec: Any, message: str):
     [
         (without("normalize"), r"'split_losses' requires 'canonical', .*; put normalize before it"),
         (without("shard_tokens"), r"'propagate_placements' requires 'tokens_sharded', .*; put shard_tokens before it"),
-        (without("raise_attention"), r"'isolate_requests' requires 'attention_raised', .*; put raise_attention before"),
+        (without("raise_attention"), r"'draw_by_position' requires 'attention_raised', .*; put raise_attention before"),
         (swapped("restore_outputs", "lower_redistributes"), r"'lower_redistributes' requires 'gathered_once'"),
         (swapped("minimize_communication", "lower_redistributes"), r"put minimize_communication before it"),
         ([*NAMES, "restore_outputs"], r"'restore_outputs' requires 'placed', .*; put propagate_placements before it"),
