@@ -28,6 +28,8 @@ SETUPS = [
     Setup("sp=1, only the loss", "loss", 1, 1),
     Setup("sp=2, only the loss", "loss", 2, 1),
     Setup("sp=4, only the loss", "loss", 4, 1),
+    Setup("sp=2, loss, gathered again", "again", 2, 1),
+    Setup("sp=4, loss, gathered again", "again", 4, 1),
 ]
 
 
@@ -38,7 +40,8 @@ def run(kind: str, sp: int, threads: int, folder: str) -> None:
     if kind == "compile":
         model = torch.compile(model)
     else:
-        model = sp_compile.parallelize(model, sp=sp, outputs="loss" if kind == "loss" else "full")
+        outputs = "full" if kind == "ours" else "loss"
+        model = sp_compile.parallelize(model, sp=sp, outputs=outputs, keep_gathered=kind != "again")
 
     def step(tokens: int) -> None:
         ids = torch.randint(0, 1024, (1, tokens), generator=torch.Generator().manual_seed(tokens))

@@ -4,7 +4,8 @@ Requires: ``lowered``.
 Establishes: ``gradients_placed``.
 
 See :mod:`sp_compile.gradients`. Weights are summed in buckets, in the order in which the backward is done with them, so
-that sums travel while the rest of it computes.
+that sums travel while the rest of it computes. What attention reads of other ranks' tokens is kept for the backward,
+also in checkpointed layers, or marked to be brought again there.
 
 Before::
 
@@ -27,12 +28,13 @@ from operator import getitem
 
 import torch
 from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
 
-from sp_compile import gradients
+from sp_compile import gradients, ops
 from sp_compile.collectives import is_wait
 from sp_compile.invariants import GRADIENTS_PLACED, LOWERED
 from sp_compile.pipeline import Pass
-from sp_compile.placements import REPLICATE, Replicate
+from sp_compile.placements import REPLICATE, Replicate, Shard
 from sp_compile.program import Program, placement
 from sp_compile.symbols import is_float
 
@@ -47,6 +49,7 @@ class PlaceGradients(Pass):
 
     Attributes:
         bucket_bytes: gradients that are summed together, at most but for a single one.
+        keep_gathered: see :class:`sp_compile.config.CompileConfig`.
     """
 
     name = "place_gradients"
@@ -54,12 +57,15 @@ class PlaceGradients(Pass):
     establishes = (GRADIENTS_PLACED,)
 
     bucket_bytes: int = gradients.BUCKET
+    keep_gathered: bool = True
 
     def run(self, program: Program) -> None:
         """Rewrite in place."""
         if program.differentiable and program.sp > 1:
             self._outputs(program)
             self._weights(program)
+            if not self.keep_gathered:
+                _bring_again(program)
 
     def _outputs(self, program: Program) -> None:
         output = program.graph.output_node()
@@ -111,6 +117,17 @@ class PlaceGradients(Pass):
             held += size
         if bucket:
             yield bucket
+
+
+def _bring_again(program: Program) -> None:
+    """Mark what attention reads, back to values of the rank's own rows, to be computed again in the backward."""
+    stack = [each for node in ops.attention_nodes(program.graph) for each in ops.AttentionArgs(*node.args)[:3]]
+    while stack:
+        node = stack.pop()
+        ends = node.op == "placeholder" or isinstance(node.meta.get("placement"), Shard | Replicate)
+        if not ends and "recompute" not in node.meta:
+            node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
+            stack += node.all_input_nodes
 
 
 def _parts(

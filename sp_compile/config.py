@@ -69,6 +69,9 @@ class CompileConfig(_Checked):
         measure_rates: measure these once, when the model is parallelized, in place of what is null.
         kernel: what computes attention on a rank: ``tiles``, ``flex``, ``dense``, ``dense_fp64``, or ``auto`` for what
             suits the device.
+        keep_gathered: in training, keep keys and values that came from other ranks for the backward, also in
+            checkpointed layers; ``False`` brings them again there, so that memory shrinks with ``sp`` (by generated
+            code only).
         verify_passes: check the graph's invariants after every pass.
         check_inputs: compare the ranks' inputs before every forward.
         pipeline: pass names or ``{name: options}`` maps; the default pipeline when null.
@@ -85,6 +88,7 @@ class CompileConfig(_Checked):
     compute_rate: float | None = None
     measure_rates: bool = False
     kernel: str = "auto"
+    keep_gathered: bool = True
     verify_passes: bool = True
     check_inputs: bool = True
     pipeline: list[Any] | None = None

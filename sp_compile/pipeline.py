@@ -77,7 +77,10 @@ def registered_passes() -> dict[str, type[Pass]]:
 
 
 def build_pipeline(
-    spec: Sequence[Any] | None = None, attention: str | None = None, kernel: str | None = None
+    spec: Sequence[Any] | None = None,
+    attention: str | None = None,
+    kernel: str | None = None,
+    keep_gathered: bool | None = None,
 ) -> tuple[Pass, ...]:
     """Passes from names and ``{name: options}`` maps; the default pipeline without a spec.
 
@@ -85,13 +88,18 @@ def build_pipeline(
         spec: the entries, in order.
         attention: strategy of ``shard_attention`` where the entry does not say.
         kernel: kernel of ``plan_attention`` where the entry does not say.
+        keep_gathered: option of ``place_gradients`` where the entry does not say.
 
     Raises:
         ConfigError: an unknown pass or option; the message names the nearest known one.
         PipelineError: the order breaks an invariant that a pass requires.
     """
     known = registered_passes()
-    defaults = {"shard_attention": ("strategy", attention), "plan_attention": ("kernel", kernel)}
+    defaults: dict[str, tuple[str, Any]] = {
+        "shard_attention": ("strategy", attention),
+        "plan_attention": ("kernel", kernel),
+        "place_gradients": ("keep_gathered", keep_gathered),
+    }
     entries = list(known) if spec is None else list(spec)
     schedule = []
     for entry in entries:

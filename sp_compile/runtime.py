@@ -82,7 +82,9 @@ class ParallelModule(nn.Module):
         self.compile_config = config
         self.layout: TokenLayout | None = None
         self.rates = rates_of(device_of(module), config.link_rate, config.compute_rate)
-        self.pipeline: tuple[Pass, ...] = build_pipeline(config.pipeline, config.attention, config.kernel)
+        self.pipeline: tuple[Pass, ...] = build_pipeline(
+            config.pipeline, config.attention, config.kernel, config.keep_gathered
+        )
         self._signature = inspect.signature(module.forward)
         self._compiled: list[Compiled] = []
         self._last: tuple[Compiled, Step] | None = None

@@ -96,6 +96,41 @@ def test_a_loss_whose_logits_never_exist(ranks, name: str):
     check(ranks, 2, name, rows, outputs="loss")
 
 
+def gathers(keep: bool, checkpoint: bool) -> tuple[dict[str, torch.Tensor], list[int]]:
+    """A step by generated code, and how often keys and values were gathered in its forward and its backward."""
+    import sp_compile
+
+    model = plain()
+    if checkpoint:
+        layer = model.layer
+        model.layer = lambda *args: torch.utils.checkpoint.checkpoint(layer, *args, use_reentrant=False)
+    parallel = sp_compile.parallelize(model, outputs="loss", keep_gathered=keep)
+    parallel(**batch_of((1, 22)))[0].backward()  # compiles
+    parallel.zero_grad()
+    with torch.profiler.profile() as forward:
+        loss = parallel(**batch_of((1, 25), slice(0, 8)))[0]
+    with torch.profiler.profile() as backward:
+        loss.backward()
+    named = {name.removeprefix("module."): each.grad for name, each in parallel.named_parameters()}
+    counts = [
+        sum(event.count for event in each.key_averages() if event.key.startswith("_c10d_functional::all_gather"))
+        for each in (forward, backward)
+    ]
+    return {"loss": loss.detach(), **named}, counts
+
+
+@pytest.mark.parametrize("checkpoint", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_keys_and_values_are_kept_or_gathered_again(ranks, checkpoint: bool):
+    model = plain()
+    loss, _ = model(**batch_of((1, 25), slice(0, 8)))
+    loss.backward()
+    expected = {"loss": loss.detach(), **{name: each.grad for name, each in model.named_parameters()}}
+    for keep, again in ((True, 0), (False, 2)):
+        for found, counts in ranks(2).run(gathers, keep, checkpoint, timeout=600):
+            assert counts == [2, again]
+            assert apart(found, expected) <= EXACT
+
+
 def test_packed_and_padded_batches(ranks):
     """Requests that position ids pack, and rows with padding on either side."""
     packed, padded = batch_of((1, 24), slice(0, 3)), batch_of((2, 14), slice(0, 5), 2)

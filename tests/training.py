@@ -108,16 +108,21 @@ class Plain(nn.Module):
     def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> Any:
         places = torch.arange(input_ids.shape[1], device=input_ids.device)
         x = self.embed(input_ids) + self.place(places)
-        batch, length, width = x.shape
-        size = width // self.heads
-        for qkv, out, norm in zip(self.qkv, self.out, self.norms, strict=True):
-            sizes = [each * size for each in (self.heads, self.kv_heads, self.kv_heads)]
-            q, k, v = (each.view(batch, length, -1, size).transpose(1, 2) for each in qkv(norm(x)).split(sizes, dim=-1))
-            seen = self.attend(q, k, v, x)
-            x = x + out(seen.transpose(1, 2).reshape(batch, length, width))
+        for i in range(len(self.qkv)):
+            x = self.layer(x, i)
         logits = self.head(x)
         shifted = F.pad(labels, (0, 1), value=-100)[:, 1:]
         return F.cross_entropy(logits.view(-1, 128), shifted.reshape(-1)), logits
+
+    def layer(self, x: torch.Tensor, i: int) -> torch.Tensor:
+        """What layer ``i`` makes of ``x``."""
+        batch, length, width = x.shape
+        size = width // self.heads
+        sizes = [each * size for each in (self.heads, self.kv_heads, self.kv_heads)]
+        parts = self.qkv[i](self.norms[i](x)).split(sizes, dim=-1)
+        q, k, v = (each.view(batch, length, -1, size).transpose(1, 2) for each in parts)
+        seen = self.attend(q, k, v, x)
+        return x + self.out[i](seen.transpose(1, 2).reshape(batch, length, width))
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Causal attention of a layer whose input is ``x``."""
