@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, cast
 
 import sympy
@@ -15,13 +17,33 @@ from torch import fx
 def compile_graph(
     gm: fx.GraphModule, inputs: Sequence[Any], tracing: AbstractContextManager[Any], differentiable: bool = False
 ) -> Callable[..., Any]:
-    """Compile a graph with Inductor for fake inputs, outside of Dynamo; ops stay in the order of the graph."""
+    """Compile a graph with Inductor for fake inputs, outside of Dynamo; ops stay in the order of the graph.
+
+    Code that torch keeps on disk calls the ops of sp_compile as they were, so it is kept for these sources alone. That
+    of the backward is generated at once, and so is too.
+    """
+    from torch._functorch import config as derivatives
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
+    from torch.compiler import config as caches
 
     in_order = config.patch(reorder_for_locality=False, reorder_for_peak_memory=False)
-    with tracing, in_order, torch.set_grad_enabled(differentiable):
+    own = caches.patch(cache_key_tag=f"{caches.cache_key_tag} sp_compile {sources()}")  # type: ignore[attr-defined]
+    at_once = derivatives.patch(force_non_lazy_backward_lowering=True)
+    with tracing, in_order, own, at_once, torch.set_grad_enabled(differentiable):
         return cast(Callable[..., Any], compile_fx(gm, list(inputs)))
+
+
+@lru_cache(maxsize=1)
+def sources() -> str:
+    """A hash of the modules of sp_compile."""
+    from sp_compile import passes
+
+    found = hashlib.sha256()
+    for module in (__file__, str(passes.__file__)):
+        for path in sorted(Path(module).parent.rglob("*.py")):
+            found.update(path.read_bytes())
+    return found.hexdigest()
 
 
 def process_group(name: str) -> Any:

@@ -8,8 +8,12 @@ from typing import Any
 import pytest
 import sympy
 import torch
+from torch._dynamo.utils import counters
+from torch._guards import TracingContext, tracing
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from sp_compile import codegen
+from sp_compile import codegen, compat
 from sp_compile.program import Program
 from tests.passes.graphs import after
 
@@ -70,3 +74,21 @@ def _localize(program: Program) -> None:
     from sp_compile.passes.localize_shapes import LocalizeShapes
 
     LocalizeShapes().run(program)
+
+
+def test_code_on_disk_is_that_of_these_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Any):
+    """Forward and backward of a graph, compiled by the sources of now, again, and by those of another version."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    assert len(compat.sources()) == 64
+    weight, found = torch.nn.Parameter(torch.randn(8, 8)), []
+    for version in ("1", "1", "2"):
+        monkeypatch.setattr(compat, "sources", lambda version=version: version)
+        torch._dynamo.reset()
+        counters.clear()
+        mode = FakeTensorMode(shape_env=ShapeEnv())
+        inputs = [mode.from_tensor(torch.randn(3, 8)), mode.from_tensor(weight)]
+        gm = torch.fx.symbolic_trace(lambda x, w: (x @ w).sin())
+        run = compat.compile_graph(gm, inputs, tracing(TracingContext(mode)), True)
+        run(torch.randn(3, 8), weight).sum().backward()
+        found.append((counters["inductor"]["fxgraph_cache_miss"], counters["inductor"]["fxgraph_cache_hit"]))
+    assert found == [(2, 0), (0, 2), (2, 0)]
