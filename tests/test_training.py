@@ -14,14 +14,14 @@ from tests.training import (
     Plain,
     apart,
     batch_of,
-    biased,
-    biased_on_ranks,
     built,
     on_a_mesh,
     on_ranks,
     plain,
     plain_on_ranks,
     plain_step,
+    special,
+    special_on_ranks,
     stepped,
     told,
 )
@@ -71,12 +71,15 @@ def test_every_strategy_is_exact(ranks, sp: int, config: dict[str, Any]):
             assert apart(found, wanted) <= EXACT
 
 
-@pytest.mark.parametrize("strategy", ["allgather_kv", "fetch", "ring", "ulysses"])
-def test_biases_that_attention_learns_are_exact(ranks, strategy: str):
-    """A table of relative distances for each head, and slopes that a row's own features set."""
+@pytest.mark.parametrize(
+    ("kind", "strategy"),
+    [("smoothed", "fetch"), *(("biased", each) for each in ("allgather_kv", "fetch", "ring", "ulysses"))],
+)
+def test_biases_that_attention_learns_and_losses_of_a_model_s_own_are_exact(ranks, kind: str, strategy: str):
+    """A table of relative distances for each head, and slopes that a row's own features set; a z-loss."""
     batches = [batch_of((1, 25), slice(0, 8)), batch_of((2, 9), slice(0, 3), 3)]
-    expected = [plain_step(biased(), batch) for batch in batches]
-    for steps in ranks(3).run(biased_on_ranks, batches, strategy):
+    expected = [plain_step(special(kind), batch) for batch in batches]
+    for steps in ranks(3).run(special_on_ranks, kind, batches, strategy):
         for found, wanted in zip(steps, expected, strict=True):
             assert apart(found, wanted) <= EXACT
 

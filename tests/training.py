@@ -112,7 +112,11 @@ class Plain(nn.Module):
             x = self.layer(x, i)
         logits = self.head(x)
         shifted = F.pad(labels, (0, 1), value=-100)[:, 1:]
-        return F.cross_entropy(logits.view(-1, 128), shifted.reshape(-1)), logits
+        return self.loss(logits.view(-1, 128), shifted.reshape(-1)), logits
+
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy of rows."""
+        return F.cross_entropy(logits, labels)
 
     def layer(self, x: torch.Tensor, i: int) -> torch.Tensor:
         """What layer ``i`` makes of ``x``."""
@@ -146,14 +150,28 @@ class Biased(Plain):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=True)
 
 
+class Smoothed(Plain):
+    """Labels are smoothed, and logits kept small: a z-loss over the rows that have a label."""
+
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """With both."""
+        labelled = (labels != -100).to(logits.dtype)
+        squares = logits.logsumexp(dim=-1).square()
+        z_loss = (squares * labelled).sum() / labelled.sum()
+        return F.cross_entropy(logits, labels, label_smoothing=0.1) + 1e-2 * z_loss + 1e-3 * squares.mean()
+
+
 def plain(dtype: torch.dtype = torch.float64) -> nn.Module:
     """:class:`Plain` with random weights."""
     return _random(Plain, dtype)
 
 
-def biased() -> nn.Module:
-    """:class:`Biased` with random weights, in fp64."""
-    return _random(Biased, torch.float64)
+KINDS = {"biased": Biased, "smoothed": Smoothed}
+
+
+def special(kind: str) -> nn.Module:
+    """One of :data:`KINDS` with random weights, in fp64."""
+    return _random(KINDS[kind], torch.float64)
 
 
 def _random(kind: type[Plain], dtype: torch.dtype) -> nn.Module:
@@ -178,9 +196,10 @@ def plain_on_ranks(batches: Sequence[Mapping[str, Any]], **config: Any) -> list[
     return [plain_step(parallel, batch) for batch in batches]
 
 
-def biased_on_ranks(batches: Sequence[Mapping[str, Any]], strategy: str) -> list[dict[str, torch.Tensor]]:
-    """Steps of :class:`Biased` on the ranks of this group; a bias or mask that is not lifted is an error."""
-    parallel = sp_compile.parallelize(biased(), codegen="eager", attention=strategy, strict=True)
+def special_on_ranks(kind: str, batches: Sequence[Mapping[str, Any]], strategy: str) -> list[dict[str, torch.Tensor]]:
+    """Steps of one of :data:`KINDS` on the ranks of this group; a bias that is not lifted is an error."""
+    strict = kind == "biased"  # sums over all rows are computed on gathered ones
+    parallel = sp_compile.parallelize(special(kind), codegen="eager", attention=strategy, strict=strict)
     return [plain_step(parallel, batch) for batch in batches]
 
 
