@@ -12,11 +12,13 @@ import typer
 from rich.console import Console
 
 from sp_compile import __version__, display
-from sp_compile.config import load_config
+from sp_compile.config import load_config, show_config
 from sp_compile.errors import ConfigError
 from sp_compile.generation_job import GenerationResult, run_generation
 from sp_compile.job import JobResult, explain_job, run_job
 from sp_compile.pipeline import registered_passes
+from sp_compile.plots import draw
+from sp_compile.sweep import DONE, Results, load_sweep, pandas_module, run_sweep, write_table
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -55,12 +57,18 @@ def run(
     config: Config,
     overrides: Overrides = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the results here too.")] = None,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Show the whole configuration and where each value comes from.")
+    ] = False,
 ) -> None:
     """Prefill a batch over ranks, or generate from it, and compare with the unsharded model.
 
     Starts its own local ranks; under torchrun it uses those.
     """
     job = load_config(config, overrides or [])
+    if print_config:
+        typer.echo(show_config(config, overrides or []), nl=False)
+        return
     target = json_file or (Path(job.run.json) if job.run.json else None)
     if target is not None and not target.parent.is_dir():
         raise ConfigError(f"{target} cannot be written: there is no directory {str(target.parent)!r}")
@@ -88,6 +96,38 @@ def explain(config: Config, overrides: Overrides = None) -> None:
 def diff(config: Config, overrides: Overrides = None) -> None:
     """Show what every pass changes in the graph."""
     display.show_diffs(explain_job(load_config(config, overrides or [])), Console())
+
+
+@app.command()
+def sweep(
+    config: Config,
+    overrides: Overrides = None,
+    results: Annotated[
+        Path | None, typer.Option(help="Lines of JSON; FILE.parquet is written beside it. CONFIG.jsonl by default.")
+    ] = None,
+    retry: Annotated[bool, typer.Option("--retry", help="Run points again that failed.")] = False,
+) -> None:
+    """Run a job at every point of a grid; points that have a result are not run again."""
+    pandas_module()
+    grid, file = load_sweep(config, overrides or []), Results(results or Path(f"{Path(config).stem}.jsonl"))
+    with display.points() as show:
+        found = run_sweep(grid, file, retry, show)
+    write_table(found, file.path.with_suffix(".parquet"))
+    display.show_points(found, Console())
+    if any(each["status"] != DONE for each in found):
+        raise typer.Exit(1)
+
+
+@app.command()
+def plot(
+    results: Annotated[Path, typer.Argument(metavar="RESULTS", help="What sp-compile sweep wrote.")],
+    folder: Annotated[Path | None, typer.Option("--out", help="Where to; beside the results by default.")] = None,
+) -> None:
+    """Draw speed-up, bytes, balance and memory of a sweep, as PNG and SVG."""
+    if not results.is_file():
+        raise ConfigError(f"there is no file {str(results)!r}")
+    for each in draw(Results(results).read(), folder or results.with_suffix("")):
+        typer.echo(str(each))
 
 
 @app.command()

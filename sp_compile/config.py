@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +12,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from sp_compile.config_files import Part, annotated, read_parts
 from sp_compile.errors import ConfigError, nearest
 from sp_compile.layout import SCHEMES
 
@@ -207,24 +207,55 @@ SECTIONS: dict[str, type] = {
 }
 
 
+COMMAND_LINE, SWEEP = "command line", "sweep"
+
+
 def load_config(source: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
     """Read a job file.
 
     Args:
-        source: a YAML file, or the name of one that ships with sp_compile, such as ``configs/prefill.yaml``.
+        source: a YAML file, or the name of one that ships with sp_compile, such as ``configs/prefill.yaml``; it may
+            include others, see :mod:`sp_compile.config_files`.
         overrides: ``section.key=value``; the section may be left out where only one has the key.
 
     Raises:
         ConfigError: no such file, no valid YAML, or a key or value that the schema does not have.
     """
-    content = _read(source)
-    _check_keys(content, JobConfig, "")
-    parts = [content]
-    for override in overrides:
-        part = _parse(override)
-        _check_keys(part, JobConfig, "")
-        parts.append(part)
-    return _merge(JobConfig, parts)
+    return merged_job([part.content for part in job_parts(source, overrides)])
+
+
+def merged_job(contents: Sequence[Mapping[str, Any]]) -> JobConfig:
+    """A job out of sections of keys and values, later ones over earlier ones.
+
+    Raises:
+        ConfigError: a key or value that the schema does not have.
+    """
+    for each in contents:
+        _check_keys(each, JobConfig, "")
+    return _merge(JobConfig, contents)
+
+
+def show_config(source: str | Path, overrides: Sequence[str] = ()) -> str:
+    """The whole job as YAML, behind each value the file that says so, ``command line`` or ``default``.
+
+    Raises:
+        ConfigError: as :func:`load_config`.
+    """
+    parts = job_parts(source, overrides)
+    job = merged_job([part.content for part in parts])
+    return annotated(dataclasses.asdict(job), parts)
+
+
+def job_parts(source: str | Path, overrides: Sequence[str] = ()) -> list[Part]:
+    """What the files and overrides of a job say, in the order in which they count.
+
+    Raises:
+        ConfigError: no such file, no valid YAML, a sweep, or an override that is none.
+    """
+    parts = read_parts(source)
+    if any(SWEEP in part.content for part in parts):
+        raise ConfigError(f"{source} describes a sweep; run it with sp-compile sweep")
+    return [*parts, *(Part(COMMAND_LINE, parsed(each)) for each in overrides)]
 
 
 def compile_config(
@@ -243,39 +274,49 @@ def compile_config(
     _check_keys(chosen, CompileConfig, "")
     if value is None or isinstance(value, CompileConfig):
         return _merge(CompileConfig, [value or CompileConfig(), chosen])
-    content = dict(value) if isinstance(value, Mapping) else _read(value)
+    contents = [dict(value)] if isinstance(value, Mapping) else [part.content for part in read_parts(value)]
+    return _merge(CompileConfig, [*map(_compile_section, contents), chosen])
+
+
+def _compile_section(content: dict[str, Any]) -> dict[str, Any]:
+    """The compile section of a whole job, or what holds nothing else."""
     if content and content.keys() <= SECTIONS.keys():
         _check_keys(content, JobConfig, "")
         content = content.get("compile") or {}
     _check_keys(content, CompileConfig, "")
-    return _merge(CompileConfig, [content, chosen])
+    return content
 
 
-def _read(source: str | Path) -> dict[str, Any]:
-    path = Path(source)
-    if path.is_file():
-        text = path.read_text(encoding="utf-8")
-    else:
-        shipped = {each.name: each for each in resources.files("sp_compile.configs").iterdir() if ".yaml" in each.name}
-        name = path.name if path.suffix else f"{path.name}.yaml"
-        if name not in shipped or path.parent not in (Path(), Path("configs")):
-            hint = nearest(name, shipped)
-            raise ConfigError(f"there is no file {str(source)!r}, and none of that name ships with sp_compile{hint}")
-        text = shipped[name].read_text(encoding="utf-8")
-    try:
-        content = OmegaConf.to_container(OmegaConf.create(text))
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{source} cannot be read as YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{source} holds a {type(content).__name__}; expected the sections {', '.join(SECTIONS)}")
-    return {str(key): value for key, value in content.items()}
+def parsed(override: str) -> dict[str, Any]:
+    """What one ``key=value`` says, in its section.
 
-
-def _parse(override: str) -> dict[str, Any]:
-    """One ``key=value``, with the section put before the key where it is left out."""
+    Raises:
+        ConfigError: it is none, or there is no such key, or more than one.
+    """
     key, equals, _ = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"{override!r} is not key=value; write for example sp=2 or model.dtype=bfloat16")
+    value = override.removeprefix(key)
+    override = f"{_whole_name(key, value)}{value}"
+    try:
+        return OmegaConf.to_container(OmegaConf.from_dotlist([override]))  # type: ignore[return-value]
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{override!r} cannot be read: {' '.join(str(error).split())}") from error
+
+
+def with_sections(key: str, value: Any) -> dict[str, Any]:
+    """A value in the sections of its dotted name.
+
+    Raises:
+        ConfigError: there is no such key, or more than one.
+    """
+    for name in reversed(_whole_name(key, "").split(".")):
+        value = {name: value}
+    return dict(value)
+
+
+def _whole_name(key: str, value: str) -> str:
+    """A dotted name with its section, which may be left out; ``value`` is what follows it, for messages."""
     first = key.split(".")[0]
     if first not in SECTIONS:
         owners = [name for name, kind in SECTIONS.items() if first in _fields(kind)]
@@ -283,12 +324,9 @@ def _parse(override: str) -> dict[str, Any]:
             known = [*SECTIONS, *(each for kind in SECTIONS.values() for each in _fields(kind))]
             raise ConfigError(f"unknown key {key!r}{nearest(first, known)}")
         if len(owners) > 1:
-            raise ConfigError(f"{key!r} is a key of {' and '.join(owners)}; write {owners[0]}.{override} or so")
-        override = f"{owners[0]}.{override}"
-    try:
-        return OmegaConf.to_container(OmegaConf.from_dotlist([override]))  # type: ignore[return-value]
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{override!r} cannot be read: {' '.join(str(error).split())}") from error
+            raise ConfigError(f"{key!r} is a key of {' and '.join(owners)}; write {owners[0]}.{key}{value} or so")
+        key = f"{owners[0]}.{key}"
+    return key
 
 
 def _fields(kind: type) -> dict[str, Any]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -15,6 +17,7 @@ from sp_compile.generation_job import GenerationResult
 from sp_compile.job import JobResult
 from sp_compile.pipeline import Pass
 from sp_compile.report import Report
+from sp_compile.sweep import DONE, Point, Show, flat_rows
 
 COLOURS = {"+": "green", "-": "red", "@": "cyan"}
 
@@ -28,6 +31,44 @@ def progress(text: str) -> Iterator[None]:
     with console.status(text, refresh_per_second=2):
         yield
     console.print(f"{text}: {time.perf_counter() - start:.1f} s", highlight=False, markup=False)
+
+
+@contextmanager
+def points() -> Iterator[Show]:
+    """Show on standard error how far a sweep is, how long it will take, and its next point."""
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
+               TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn())  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True), refresh_per_second=2) as bar:
+        task = bar.add_task("points", total=None)
+
+        def show(done: int, total: int, point: Point | None) -> None:
+            told = "points" if point is None else " ".join(f"{name}={each}" for name, each in point.values.items())
+            bar.update(task, completed=done, total=total, description=told)
+
+        yield show
+
+
+def show_points(results: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """The results of a sweep as a table."""
+    rows, names = flat_rows(results), [*results[0]["point"]]
+    table = Table()
+    for name in names:
+        table.add_column(name.split(".")[-1])
+    for heading in ("", "seconds", "MB sent", "MB peak", "area", "tokens"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        verdict = Text(row["status"], "green" if row["status"] == DONE else "bold red")
+        figures = [""] * 5
+        if "seconds" in row:
+            figures = [f"{row['seconds']:.3f}", f"{row['bytes_sent'] / 1e6:.2f}", f"{row['peak_bytes'] / 1e6:.0f}",
+                       f"{row['area_most_over_mean']:.2f}", f"{row['tokens_most_over_mean']:.2f}"]  # fmt: skip
+        table.add_row(*(str(row[name]) for name in names), verdict, *figures)
+    console.print(table)
+    console.print("area, tokens: the busiest rank's over the mean", highlight=False)
+    for row in rows:
+        if row["error"]:
+            where = " ".join(f"{name}={row[name]}" for name in names)
+            console.print(f"{where}: {row['error']}", highlight=False, markup=False)
 
 
 def show_result(result: JobResult, console: Console) -> None:

@@ -8,6 +8,7 @@ import os
 import platform
 import resource
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
@@ -97,9 +98,26 @@ def _return_freed_memory() -> None:
         trim(0)
 
 
+def revision() -> str:
+    """The git revision of these sources, with a ``+`` where they have changed since; empty outside of a checkout."""
+    folder = Path(__file__).parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    if git("ls-files", "--error-unmatch", Path(__file__).name) is None:
+        return ""
+    changed = "+" if git("status", "--porcelain", "--untracked-files=no") else ""
+    return f"{git('rev-parse', 'HEAD') or ''}{changed}"
+
+
 def versions() -> dict[str, str]:
     """Versions of Python and of what decides over a result; those that are not installed are left out."""
-    found = {"python": platform.python_version()}
+    found = {"python": platform.python_version(), "revision": revision()}
     for name in ("sp_compile", "torch", "transformers", "tokenizers", "numpy"):
         try:
             found[name] = metadata.version(name)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sp_compile.config import CompileConfig, JobConfig, compile_config, load_config
+from sp_compile.config import CompileConfig, JobConfig, compile_config, load_config, show_config
 from sp_compile.errors import ConfigError
 
 
@@ -64,7 +64,7 @@ def test_one_file_of_requests_is_a_list_of_one(write):
         ("", ["max_new_tokens=0"], r"max_new_tokens=0 is too small; pass at least 1"),
         ("", ["seed=3"], r"'seed' is a key of model and generate; write model.seed=3 or so"),
         ("model: 3", [], r"section 'model' is 3; expected keys and values"),
-        ("- model", [], r"holds a list; expected the sections model, requests, generate, compile, run"),
+        ("- model", [], r"holds a list; expected sections of keys and values"),
         ("model: [", [], r"cannot be read as YAML: .*line 2"),
         ("model: !!python/object/apply:os.getcwd []", [], r"cannot be read as YAML: .*python/object"),
         ("", ["model.config={a: [}"], r"cannot be read"),
@@ -111,3 +111,50 @@ def test_compile_mistakes_are_told():
         compile_config(None, codegen="triton")
     with pytest.raises(ConfigError, match=r"pipeline: .*; expected "):
         compile_config(None, pipeline="normalize")
+
+
+def test_files_are_read_over_those_that_they_include(tmp_path: Path, monkeypatch):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "small.yaml").write_text("model: {config: {hidden_size: 64, num_hidden_layers: 1}}\n")
+    (tmp_path / "models" / "wide.yaml").write_text("defaults: [small]\nmodel: {config: {hidden_size: 128}}\n")
+    job = tmp_path / "job.yaml"
+    job.write_text("defaults: [prefill, models/wide]\nrun: {sp: 4}\n")
+    found = load_config(job, ["scheme=whole"])
+    assert (found.model.config["hidden_size"], found.model.config["num_hidden_layers"]) == (128, 1)
+    assert found.model.config["vocab_size"] == 257  # of the file that ships
+    assert (found.run.sp, found.compile.scheme) == (4, "whole")
+    monkeypatch.chdir(tmp_path)
+    shown = show_config("job.yaml", ["scheme=whole"])
+    assert load_config(_written(tmp_path, shown)) == found
+    origins = {line.split(":")[0].strip(): line.rpartition("# ")[2] for line in shown.splitlines()}
+    expected = {
+        "hidden_size": "models/wide.yaml",
+        "num_hidden_layers": "models/small.yaml",
+        "vocab_size": "configs/prefill.yaml",
+        "sp": "job.yaml",
+        "scheme": "command line",
+        "gradients": "default",
+    }
+    assert {name: origins[name] for name in expected} == expected
+    assert compile_config(job, scheme="whole").scheme == "whole"
+
+
+def _written(folder: Path, text: str) -> Path:
+    (folder / "shown.yaml").write_text(text)
+    return folder / "shown.yaml"
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["defaults: [b]", "defaults: [a]"], r"a.yaml includes .*b.yaml includes .*a.yaml: files include one another"),
+        (["defaults: [c]"], r"there is no file 'c', which .*a.yaml includes, and none of that name ships"),
+        (["defaults: prefill"], r"a.yaml: defaults is 'prefill'; expected a list"),
+        (["defaults: [b]", "run: {spp: 2}"], r"unknown key 'run.spp'; did you mean 'sp'\?"),
+    ],
+)
+def test_mistakes_in_includes_are_told(tmp_path: Path, texts: list[str], message: str):
+    for name, text in zip("ab", texts, strict=False):
+        (tmp_path / f"{name}.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_config(tmp_path / "a.yaml")

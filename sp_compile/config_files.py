@@ -1,0 +1,104 @@
+"""YAML files that include others, and where each value of what they make comes from.
+
+A file may begin with ``defaults: [prefill, models/small.yaml]``: those are read first, in order, and then the file
+itself over them. Names are files beside the one that includes them, or of configurations that ship with sp_compile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sp_compile.errors import ConfigError, nearest
+
+INCLUDES = "defaults"
+
+
+class Part(NamedTuple):
+    """What one file or override says, and its name for people."""
+
+    origin: str
+    content: dict[str, Any]
+
+
+def read_parts(source: str | Path) -> list[Part]:
+    """A file behind those that it includes.
+
+    Raises:
+        ConfigError: no such file, no valid YAML, or files that include one another.
+    """
+    return list(_read(str(source), Path(), ()))
+
+
+def _read(name: str, folder: Path, readers: tuple[str, ...]) -> Iterator[Part]:
+    path, text = _find(name, folder, readers)
+    if str(path) in readers:
+        raise ConfigError(f"{' includes '.join((*readers, str(path)))}: files include one another in a circle")
+    content = _mapping(text, str(path))
+    includes = content.pop(INCLUDES, None) or []
+    if not isinstance(includes, list) or not all(isinstance(each, str) for each in includes):
+        raise ConfigError(f"{path}: {INCLUDES} is {includes!r}; expected a list of files to read first")
+    for each in includes:
+        yield from _read(each, path.parent, (*readers, str(path)))
+    yield Part(str(path), content)
+
+
+def _find(name: str, folder: Path, readers: Sequence[str]) -> tuple[Path, str]:
+    """The path of a file, or the name of one that ships, and its text."""
+    for path in (folder / name, folder / f"{name}.yaml"):
+        if path.is_file():
+            return path, path.read_text(encoding="utf-8")
+    shipped = {each.name: each for each in resources.files("sp_compile.configs").iterdir() if ".yaml" in each.name}
+    asked = Path(name)
+    file = asked.name if asked.suffix else f"{asked.name}.yaml"
+    if file not in shipped or asked.parent not in (Path(), Path("configs")):
+        reader = f", which {readers[-1]} includes" if readers else ""
+        hint = nearest(file, shipped)
+        raise ConfigError(f"there is no file {name!r}{reader}, and none of that name ships with sp_compile{hint}")
+    return Path("configs", file), shipped[file].read_text(encoding="utf-8")
+
+
+def _mapping(text: str, name: str) -> dict[str, Any]:
+    try:
+        content = OmegaConf.to_container(OmegaConf.create(text))
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{name} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{name} holds a {type(content).__name__}; expected sections of keys and values")
+    return {str(key): value for key, value in content.items()}
+
+
+def flat(content: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names and values of nested mappings."""
+    for key, value in content.items():
+        if isinstance(value, Mapping) and value:
+            yield from flat(value, f"{before}{key}.")
+        else:
+            yield f"{before}{key}", value
+
+
+def annotated(content: Mapping[str, Any], parts: Sequence[Part]) -> str:
+    """The merged content as YAML, behind each value where it comes from."""
+    origins = {name: part.origin for part in parts for name, _ in flat(part.content)}
+    lines = list(_annotated(content, "", origins))
+    width = max(len(text) for text, _ in lines) + 2
+    return "".join(f"{text:{width}}# {origin}\n" if origin else f"{text}\n" for text, origin in lines)
+
+
+def _annotated(content: Mapping[str, Any], before: str, origins: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Lines of YAML, each with the origin of the value on it, if there is one."""
+    indent = "  " * before.count(".")
+    for key, value in content.items():
+        name = f"{before}{key}"
+        if isinstance(value, Mapping) and value:
+            yield f"{indent}{key}:", ""
+            yield from _annotated(value, f"{name}.", origins)
+        else:
+            text = yaml.safe_dump(value, default_flow_style=True, width=1 << 20).removesuffix("\n...\n").strip()
+            yield f"{indent}{key}: {text}", origins.get(name, "default")

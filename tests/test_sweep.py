@@ -1,0 +1,206 @@
+"""Sweeps: which points there are, what is kept of them whatever happens, and what is made of it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sp_compile import sweep
+from sp_compile.errors import ConfigError
+from sp_compile.plots import draw
+from sp_compile.sweep import DONE, FAILED, TIMED_OUT, Point, Results, flat_rows, load_sweep, run_sweep, write_table
+
+GRID = """
+defaults: [prefill]
+model: {config: {hidden_size: 64, num_hidden_layers: 1, intermediate_size: 96}}
+compile: {codegen: eager}
+run: {repeats: 1, warmup: 0}
+sweep:
+  timeout: 120
+  over: {sp: [1, 2], compile.attention: [allgather_kv, ring], max_tokens: [40]}
+"""
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    def _write(text: str) -> Path:
+        path = tmp_path / "grid.yaml"
+        path.write_text(text)
+        return path
+
+    return _write
+
+
+def result_of(point: Point) -> dict[str, Any]:
+    """What a job might find out."""
+    sp = point.job.run.sp
+    ranks = [{"tokens": 20, "attention_area": 100 + 10 * i, "peak_bytes": 1 << 20} for i in range(sp)]
+    return {"forward_seconds": 1.0 / sp, "first_forward_seconds": 2.0, "bytes_sent": 1000 * (sp - 1), "ranks": ranks,
+            "lengths": [20, 20], "unsharded": None, "ok": True}  # fmt: skip
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    """Points that take no time; those of a ring fail. The list grows with every run."""
+    ran: list[dict[str, Any]] = []
+
+    def run(point: Point, timeout: float) -> dict[str, Any]:
+        ran.append(dict(point.values))
+        fails = point.job.compile.attention == "ring"
+        return {
+            "format": sweep.FORMAT,
+            "key": point.key,
+            "point": dict(point.values),
+            "status": FAILED if fails else DONE,
+            "error": "it broke" if fails else None,
+            "config": {"run": {"sp": point.job.run.sp}},
+            "result": None if fails else result_of(point),
+        }
+
+    monkeypatch.setattr(sweep, "_run", run)
+    return ran
+
+
+def test_a_point_for_each_combination_in_order(write):
+    found = load_sweep(write(GRID), ["model.seed=3"])
+    assert found.timeout == 120
+    assert [(each.job.run.sp, each.job.compile.attention) for each in found.points] == [
+        (1, "allgather_kv"), (1, "ring"), (2, "allgather_kv"), (2, "ring")]  # fmt: skip
+    assert {each.job.model.seed for each in found.points} == {3}
+    assert {each.job.requests.max_tokens for each in found.points} == {40}
+    assert len({each.key for each in found.points}) == 4
+    assert len(load_sweep("sweep_strategies").points) == 32
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("run: {sp: 2}", "describes no sweep; add sweep:"),
+        ("sweep: [1]", r"sweep is \[1\]; expected over and timeout"),
+        ("sweep: {ovr: {sp: [1]}}", r"unknown key 'sweep.ovr'; did you mean 'over'\?"),
+        ("sweep: {over: {sp: 2}}", r"sweep.over.sp is 2; expected a list of values"),
+        ("sweep: {over: {sp: [1]}, timeout: 0}", r"sweep.timeout=0; expected seconds above 0"),
+        ("sweep: {over: {spp: [1]}}", r"point spp=1: unknown key 'spp'; did you mean 'sp'\?"),
+        ("sweep: {over: {sp: [1, two]}}", r"point sp=two: run.sp: .*; expected a whole number"),
+        ("sweep: {over: {attention: [rign]}}", r"point attention=rign: .*'rign'; did you mean 'ring'\?"),
+    ],
+)
+def test_mistakes_are_told_before_anything_runs(write, text: str, message: str):
+    with pytest.raises(ConfigError, match=message):
+        load_sweep(write(text))
+
+
+def test_points_with_a_result_are_not_run_again(write, tmp_path, pretended):
+    grid, results, shown = load_sweep(write(GRID)), Results(tmp_path / "out.jsonl"), []
+    half = sweep.Sweep(grid.points[:2], grid.timeout)
+    run_sweep(half, results)
+    with results.path.open("ab") as file:
+        file.write(b'{"format": 1, "key": "a line that was not wri')
+    found = run_sweep(grid, results, show=lambda done, total, point: shown.append((done, total, point is None)))
+    assert [each["sp"] for each in pretended] == [1, 1, 2, 2]
+    assert [each["status"] for each in found] == [DONE, FAILED, DONE, FAILED]
+    assert shown == [(2, 4, False), (3, 4, False), (4, 4, True)]
+    assert [each["key"] for each in results.read()] == [each.key for each in grid.points]
+    run_sweep(grid, results)
+    assert len(pretended) == 4
+    run_sweep(grid, results, retry=True)  # those that failed
+    assert [each["compile.attention"] for each in pretended[4:]] == ["ring", "ring"]
+
+
+def test_results_that_are_not_ours_are_refused(write, tmp_path, pretended):
+    grid, path = load_sweep(write(GRID)), tmp_path / "out.jsonl"
+    path.write_text('{"format": 99, "key": "a"}\n')
+    with pytest.raises(ConfigError, match="line 1 has format 99, this version reads 1"):
+        run_sweep(grid, Results(path))
+    path.write_text("seconds,bytes\n")
+    with pytest.raises(ConfigError, match="line 1 is no result of a sweep"):
+        run_sweep(grid, Results(path))
+    assert path.read_text() == "seconds,bytes\n"
+    path.unlink()
+    with Results(path).writing(), pytest.raises(ConfigError, match="being written by another sweep"):
+        run_sweep(grid, Results(path))
+    with pytest.raises(ConfigError, match="cannot be written: No such file or directory"):
+        run_sweep(grid, Results(tmp_path / "nowhere" / "out.jsonl"))
+    assert pretended == []
+
+
+def test_a_full_disk_leaves_earlier_results(write, tmp_path, pretended, monkeypatch):
+    grid, results, fsync = load_sweep(write(GRID)), Results(tmp_path / "out.jsonl"), os.fsync
+
+    def full(file: int) -> None:
+        if len(pretended) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ConfigError, match="No space left on device"):
+        run_sweep(grid, results)
+    assert [each["key"] for each in results.read()] == [each.key for each in grid.points[:2]]
+
+
+def test_how_a_point_ends():
+    def end(code: str, timeout: float = 60) -> tuple[str, str | None]:
+        return sweep._finish([sys.executable, "-c", code], timeout)
+
+    assert end("pass") == (DONE, None)
+    assert end("import sys; print('error: no model', file=sys.stderr); print('x', file=sys.stderr); sys.exit(2)") == (
+        FAILED, "error: no model")  # fmt: skip
+    assert end("import os; os._exit(3)") == (FAILED, "it ended with status 3")
+    start = time.perf_counter()
+    # what it started ends with it
+    child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    assert end(child, 2) == (TIMED_OUT, "it took longer than 2 s")
+    assert time.perf_counter() - start < 30
+
+
+def test_real_points(write, tmp_path):
+    text = GRID.replace("sp: [1, 2]", "sp: [2]").replace("[allgather_kv, ring]", "[allgather_kv, hybrid]")
+    results = Results(tmp_path / "out.jsonl")
+    right, failed = run_sweep(load_sweep(write(text), ["max_requests=2"]), results)
+    assert right["status"] == DONE, right["error"]
+    assert right["result"]["unsharded"]["ok"]
+    assert right["config"]["run"]["sp"] == 2
+    assert {"torch", "revision"} <= right["versions"].keys()
+    assert failed["status"] == FAILED
+    assert "hybrid" in failed["error"]
+    assert results.read() == [right, failed]
+
+
+def test_tables_and_pictures(write, tmp_path, pretended):
+    pandas = pytest.importorskip("pandas")
+    found = run_sweep(load_sweep(write(GRID)), Results(tmp_path / "out.jsonl"))
+    assert flat_rows(found)[2]["area_most_over_mean"] == pytest.approx(110 / 105)
+    write_table(found, tmp_path / "out.parquet")
+    table = pandas.read_parquet(tmp_path / "out.parquet")
+    assert table["seconds"].dropna().tolist() == [1.0, 0.5]
+    assert table["status"].tolist() == [DONE, FAILED, DONE, FAILED]
+    files = draw(found, tmp_path / "pictures")
+    assert {each.name for each in files} == {
+        f"{name}.{kind}" for name in ("speed_up", "bytes", "balance", "memory") for kind in ("png", "svg")}  # fmt: skip
+    assert all(each.stat().st_size > 1000 for each in files)
+    with pytest.raises(ConfigError, match="no point of the results has figures"):
+        draw(found[1:2], tmp_path)
+
+
+def test_the_command(write, tmp_path, pretended, monkeypatch, capsys):
+    from sp_compile.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    assert main(["sweep", str(write(GRID))]) == 1  # some points failed
+    told = capsys.readouterr().out
+    assert "it broke" in told
+    assert len(json.loads((tmp_path / "grid.jsonl").read_text().splitlines()[0])) > 3
+    assert (tmp_path / "grid.parquet").is_file()
+    assert main(["plot", "grid.jsonl", "--out", "pictures"]) == 0
+    assert "pictures/speed_up.png" in capsys.readouterr().out
+    assert main(["plot", "grd.jsonl"]) == 2
+    assert "there is no file 'grd.jsonl'" in capsys.readouterr().err
+    assert main(["run", str(write(GRID))]) == 2
+    assert "run it with sp-compile sweep" in capsys.readouterr().err
