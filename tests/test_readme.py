@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from sp_compile.config import load_config
+from sp_compile.sweep import load_sweep
 
 transformers = pytest.importorskip("transformers")
 
@@ -48,4 +49,4 @@ def test_the_configurations_of_the_commands_exist():
     names = set(re.findall(r"configs/\w+\.yaml", README))
     assert names
     for name in names:
-        load_config(name)
+        load_sweep(name) if "sweep" in name else load_config(name)
