@@ -79,7 +79,8 @@ PICTURES = {
 
 def _lines(rows: Sequence[Row], results: Sequence[Row], name: str) -> dict[str, list[tuple[float, float]]]:
     """Points of each line of a picture, by what the line stands for."""
-    varied = [key for key in results[0]["point"] if len({str(each["point"].get(key)) for each in results}) > 1]
+    names = dict.fromkeys(key for each in results for key in each["point"])
+    varied = [key for key in names if len({str(each["point"].get(key)) for each in results}) > 1]
     by_ranks = [key for key in varied if key.split(".")[-1] != "sp"]
     alone = {_label(row, by_ranks): row["seconds"] for row in rows if row["sp"] == 1}
     lines: dict[str, list[tuple[float, float]]] = {}
@@ -99,4 +100,4 @@ def _lines(rows: Sequence[Row], results: Sequence[Row], name: str) -> dict[str, 
 
 
 def _label(row: Row, keys: Sequence[str]) -> str:
-    return ", ".join(f"{key.split('.')[-1]}={row[key]}" for key in keys)
+    return ", ".join(f"{key.split('.')[-1]}={row.get(key)}" for key in keys)

@@ -208,7 +208,7 @@ def run_sweep(
             known[point.key] = _run(point, sweep.timeout)
             add(known[point.key])
     show(len(sweep.points), len(sweep.points), None)
-    return [known[each.key] for each in sweep.points]
+    return [{**known[each.key], "point": dict(each.values)} for each in sweep.points]
 
 
 def _run(point: Point, timeout: float) -> dict[str, Any]:
