@@ -133,7 +133,7 @@ def test_files_are_read_over_those_that_they_include(tmp_path: Path, monkeypatch
         "vocab_size": "configs/prefill.yaml",
         "sp": "job.yaml",
         "scheme": "command line",
-        "gradients": "default",
+        "cache_dtype": "default",
     }
     assert {name: origins[name] for name in expected} == expected
     assert compile_config(job, scheme="whole").scheme == "whole"
