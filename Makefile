@@ -40,7 +40,7 @@ check: $(READY)
 	cd build/types && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p sp_compile
 
 golden: $(READY)
-	SP_COMPILE_GOLDEN=write $(BIN)/python -m pytest tests -k golden $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/test_golden.py -k what_the_passes_change --update-golden $(PYTEST_ARGS)
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else \

@@ -6,12 +6,8 @@ whose names of nodes they show.
 
 from __future__ import annotations
 
-import difflib
-import functools
-import os
 import re
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +15,14 @@ import pytest
 import torch
 
 import sp_compile
+from sp_compile import testing
 from sp_compile.pipeline import registered_passes
+from sp_compile.testing import assert_graph_diff, compare
 
 transformers = pytest.importorskip("transformers")
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).with_name("golden")
-WRITE = os.environ.get("SP_COMPILE_GOLDEN") == "write"
-HOW = "read the difference; if it is meant, run `make golden` and review the files with `git diff tests/golden`"
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4,
          "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128}  # fmt: skip
 MODELS: dict[str, Callable[[], Any]] = {
@@ -45,73 +41,59 @@ def pinned() -> bool:
 needs_pinned_versions = pytest.mark.skipif(not pinned(), reason="golden files are of the versions in constraints.txt")
 
 
-@functools.cache
-def diffs(case: str) -> dict[str, str]:
-    """File name and text of each pass's diff, for requests of 13, 17 and 1 tokens on 2 ranks."""
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(MODELS[case](), attn_implementation="sdpa").eval()
+def built(case: str) -> torch.nn.Module:
     torch._dynamo.reset()
-    batch = sp_compile.pack([list(range(3, 16)), list(range(3, 20)), [5]])
-    report = sp_compile.explain(model, {**batch, "use_cache": False}, sp=2)
-    assert [step.name for step in report.steps] == list(registered_passes())
-    return {f"{i:02}-{step.name}.diff": f"{step.diff}\n" for i, step in enumerate(report.steps, start=1)}
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(MODELS[case](), attn_implementation="sdpa").eval()
 
 
-def stored(folder: Path) -> dict[str, str]:
-    return {each.name: each.read_text() for each in sorted(folder.glob("*"))}
-
-
-def write(folder: Path, found: Mapping[str, str]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for each in folder.glob("*"):
-        each.unlink()
-    for name, text in found.items():
-        (folder / name).write_text(text)
-
-
-def compare(case: str, expected: Mapping[str, str], found: Mapping[str, str]) -> None:
-    """Fail with what differs between the files and what the passes do now."""
-    problems = [f"{case}/{name} is missing" for name in found if name not in expected]
-    problems += [f"{case}/{name} is stale: no pass writes it" for name in expected if name not in found]
-    for name in found:
-        if name in expected and expected[name] != found[name]:
-            lines = (each[name].splitlines() for each in (expected, found))
-            problems += difflib.unified_diff(*lines, f"{case}/{name}", f"{case}/{name} now", n=1, lineterm="")
-    if problems:
-        pytest.fail("\n".join([*problems, HOW]), pytrace=False)
+def batch() -> dict[str, Any]:
+    """Requests of 13, 17 and 1 tokens."""
+    return {**sp_compile.pack([list(range(3, 16)), list(range(3, 20)), [5]]), "use_cache": False}
 
 
 @needs_pinned_versions
 @pytest.mark.parametrize("case", MODELS)
 def test_golden_diffs_are_what_the_passes_change(case: str):
-    if WRITE:
-        write(GOLDEN / case, diffs(case))
-    compare(case, stored(GOLDEN / case), diffs(case))
+    assert_graph_diff(built(case), batch(), None, f"golden/{case}.diff")
 
 
-def test_golden_folders_are_those_of_the_models():
+def test_golden_files_are_those_of_the_models_and_have_every_pass():
+    assert {each.name for each in GOLDEN.iterdir()} == {f"{case}.diff" for case in MODELS}
     for each in GOLDEN.iterdir():
-        if WRITE and each.name not in MODELS:
-            shutil.rmtree(each)
-    assert {each.name for each in GOLDEN.iterdir()} == set(MODELS)
+        assert re.findall(r"^# (\w+)$", each.read_text(), re.MULTILINE) == list(registered_passes())
 
 
 @pytest.mark.parametrize("case", MODELS)
 def test_golden_text_holds_nothing_that_changes_between_runs(case: str):
     unstable = re.compile(r"\b[su]\d+\b|0x[0-9a-f]{4}|/\w+/|\d\.\d+s\b")
-    found = [f"{name}: {line}" for name, text in stored(GOLDEN / case).items() for line in text.splitlines()
-             if unstable.search(line)]  # fmt: skip
-    assert found == []
+    assert [line for line in (GOLDEN / f"{case}.diff").read_text().splitlines() if unstable.search(line)] == []
 
 
-def test_golden_mismatches_missing_and_stale_files_are_told(tmp_path: Path):
-    write(tmp_path, {"1-a.diff": "+one\n+two\n", "2-b.diff": "+same\n", "4-d.diff": "+old\n"})
-    with pytest.raises(pytest.fail.Exception) as caught:
-        compare("case", stored(tmp_path), {"1-a.diff": "+one\n+2\n", "2-b.diff": "+same\n", "3-c.diff": "+new\n"})
+def test_golden_files_of_a_user(tmp_path: Path, monkeypatch):
+    """Written where they are asked for, compared, and told when a pipeline has changed."""
+    model, file = built("llama_dense_gqa"), tmp_path / "new" / "model.diff"
+    chosen = ["normalize", "shard_attention"]
+    with pytest.raises(AssertionError, match=r"model.diff is not there; write it with .* --update-golden"):
+        assert_graph_diff(model, batch(), None, file, passes=chosen)
+    with monkeypatch.context() as patched:
+        patched.setattr(testing._Run, "updates", True)
+        assert_graph_diff(model, batch(), None, file, passes=chosen)
+    assert_graph_diff(model, batch(), {"attention": "allgather_kv"}, file, passes=chosen)
+    assert re.findall(r"^# (\w+)$", file.read_text(), re.MULTILINE) == chosen
+    with pytest.raises(AssertionError, match="has other diffs:"):
+        assert_graph_diff(model, batch(), {"attention": "ring"}, file, passes=chosen)
+    with pytest.raises(ValueError, match="the pipeline has no pass 'shard_attn'; it has normalize"):
+        assert_graph_diff(model, batch(), None, file, passes=["shard_attn"])
+
+
+def test_golden_mismatches_are_told(tmp_path: Path):
+    file = tmp_path / "model.diff"
+    file.write_text("# a\n+one\n+two\n# b\n+same\n")
+    compare(file, file.read_text())
+    with pytest.raises(AssertionError) as caught:
+        compare(file, "# a\n+one\n+2\n# b\n+same\n")
     text = str(caught.value)
-    assert text.splitlines()[:2] == ["case/3-c.diff is missing", "case/4-d.diff is stale: no pass writes it"]
     assert "-+two\n++2\n" in text
-    assert "make golden" in text
-    assert "2-b" not in text
-    write(tmp_path, {"2-b.diff": "+same\n"})
-    compare("case", stored(tmp_path), {"2-b.diff": "+same\n"})
+    assert "+same" not in text
+    assert text.endswith("run pytest with --update-golden and review the file")
