@@ -87,9 +87,21 @@ def run(
 
 
 @app.command()
-def explain(config: Config, overrides: Overrides = None) -> None:
+def explain(
+    config: Config,
+    overrides: Overrides = None,
+    html: Annotated[Path | None, typer.Option("--html", help="Write a page with pictures and diffs instead.")] = None,
+) -> None:
     """Show passes, collectives, balance and fallbacks for any sp, without weights and ranks."""
-    explain_job(load_config(config, overrides or [])).render(Console())
+    job = load_config(config, overrides or [])
+    if html is not None and not html.parent.is_dir():
+        raise ConfigError(f"{html} cannot be written: there is no directory {str(html.parent)!r}")
+    report = explain_job(job)
+    if html is None:
+        report.render(Console())
+    else:
+        name = job.model.path or job.model.architecture
+        report.write_html(html, f"{name} over {job.run.sp} ranks")
 
 
 @app.command()

@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from torch import fx
 
 from sp_compile.collectives import PRODUCTS, STARTS, multiplications, shadows
+from sp_compile.errors import ConfigError
 from sp_compile.layout import TokenLayout
 from sp_compile.pipeline import PassStep
 from sp_compile.program import Fallback, Program, op_name, source_line
@@ -75,6 +77,21 @@ class Report:
 
     def __str__(self) -> str:
         return "\n".join(_text(self))
+
+    def write_html(self, path: str | Path, title: str = "What sp_compile makes of the model") -> None:
+        """Write the report as one page that needs no network: the layout as a picture, tables, and searchable diffs.
+
+        Diffs are there where the report is one of :func:`sp_compile.explain`.
+
+        Raises:
+            ConfigError: the file cannot be written.
+        """
+        from sp_compile.page import page
+
+        try:
+            Path(path).write_text(page(self, title), encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
 
     def render(self, console: Any = None) -> None:
         """Print to a rich console, or to standard output as plain text."""
@@ -166,7 +183,7 @@ def _text(report: Report) -> list[str]:
     text += ["", "pass                     lines changed  seconds"]
     text += [f"{step.name:24} {step.changed:>13}  {step.seconds:7.3f}" for step in report.steps]
     if report.strategies:
-        text += ["", f"attention by {_runs(report.strategies)}"]
+        text += ["", f"attention by {strategies_text(report.strategies)}"]
     text += ["", f"{len(report.collectives)} collectives, {report.bytes_sent} bytes sent by each rank"]
     text += [
         f"  {each.kind:10} {each.bytes_sent:12} bytes  {each.shape:24} {each.source:32} {_shadow(each)}"
@@ -180,8 +197,8 @@ def _text(report: Report) -> list[str]:
     return text
 
 
-def _runs(names: Sequence[str]) -> str:
-    """Names with the numbers of those that have them: ``0-3: window, 4: fetch``."""
+def strategies_text(names: Sequence[str]) -> str:
+    """Strategies with the numbers of the attentions that ran by them: ``0-3: window, 4: fetch``."""
     found, start = [], 0
     for name, run in itertools.groupby(names):
         end = start + len([*run])
