@@ -55,7 +55,7 @@ class DrawByPosition(Pass):
         """Rewrite in place."""
         number = 0
         for node in list(program.graph.nodes):
-            if node.target is aten.dropout.default and program.tokens is not None:
+            if node.target is aten.dropout.default and _by_place(program, node):
                 self._draw(program, node, number)
             elif node.target is torch.ops.sp_compile.attention.default and calls(
                 ops.AttentionArgs(*node.args).rule, "bernoulli"
@@ -148,6 +148,12 @@ class _Build:
             if factor is not None:
                 value = self.call(aten.bitwise_and.Scalar, self.call(aten.mul.Tensor, value, factor), BITS)
         return value
+
+
+def _by_place(program: Program, node: fx.Node) -> bool:
+    """Whether a dropout draws by place: wherever ranks share the work, else where the place is known."""
+    known = program.tokens is not None and all(size.is_Integer or size == program.tokens for size in shape_of(node))
+    return program.parallel or known
 
 
 def _draws(node: fx.Node) -> bool:

@@ -257,7 +257,7 @@ def _logits_dropped(program: Program) -> None:
 
 def _drawn(program: Program) -> None:
     for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten.dropout.default):
-        if program.tokens is not None:
+        if program.parallel:
             raise Violation(node, "a mask drawn by the seed and the place", "one drawn by what ran before")
     for node in ops.attention_nodes(program.graph):
         if calls(ops.AttentionArgs(*node.args).rule, "bernoulli"):

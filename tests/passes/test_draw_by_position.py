@@ -35,6 +35,15 @@ def test_ranks_draw_what_a_rank_alone_would(sp: int, scheme: str):
         assert torch.equal(found, reference)
 
 
+def test_one_rank_alone_draws_by_place_where_it_can():
+    def halved(self: Any, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        every_second = inputs_embeds[:, torch.arange(0, inputs_embeds.shape[1], 2)]
+        return F.dropout(inputs_embeds, 0.25).sum() + F.dropout(every_second, 0.25).sum()
+
+    program = after("draw_by_position", halved, embeds(WIDTH, LENGTHS), sp=1)
+    assert ops_of(program).count("aten.dropout") == 1
+
+
 def weights(self: Any, inputs_embeds: torch.Tensor) -> torch.Tensor:
     """Weights of two attentions with two heads, ``[2, 2, queries, WIDTH]``, for rows of the identity."""
     values = inputs_embeds[:, None].expand(-1, 2, -1, -1)
