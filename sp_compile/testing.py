@@ -45,27 +45,34 @@ def assert_graph_diff(
         model: the model, of any weights; on the meta device it needs none.
         batch: its inputs as keyword arguments, such as a packed batch.
         config: as of :func:`sp_compile.parallelize`; None for the defaults.
-        file: where the diffs are; a relative path begins at the folder of the calling file.
+        file: ``NAME.diff`` for all diffs in one, or a folder with a file for each pass; a relative path begins at the
+            folder of the calling file.
         sp: ranks to pretend.
         passes: names of the passes whose diffs are kept; None for all.
 
     Raises:
-        AssertionError: the file is not there, or its diffs are others; the message shows what differs.
+        AssertionError: a file is not there or has other diffs, or no pass writes it; the message shows what differs.
         ValueError: the pipeline has no such pass.
         The errors of :func:`sp_compile.explain`.
     """
     path = Path(sys._getframe(1).f_globals.get("__file__", ".")).parent / file
     found = graph_diffs(model, batch, config, sp, passes)
+    if path.suffix == ".diff":
+        found = {path.name: "".join(f"# {name}\n{text}" for name, text in found.items())}
+        folder = path.parent
+    else:
+        found = {f"{i:02}-{name}.diff": text for i, (name, text) in enumerate(found.items(), 1)}
+        folder = path
+    known = [*found] if path.suffix == ".diff" else [each.name for each in sorted(folder.glob("*.diff"))]
     if _Run.updates:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(found, encoding="utf-8")
-    compare(path, found)
+        write(folder, found, known)
+    compare(folder, found, known)
 
 
 def graph_diffs(
     model: nn.Module, batch: Mapping[str, Any], config: Any, sp: int, passes: Sequence[str] | None = None
-) -> str:
-    """The diffs of the passes one after another, each under its name; arguments of :func:`assert_graph_diff`."""
+) -> dict[str, str]:
+    """The diff of each pass by its name; arguments of :func:`assert_graph_diff`."""
     from sp_compile.api import explain
 
     steps = explain(model, batch, sp, config).steps
@@ -73,25 +80,35 @@ def graph_diffs(
     unknown = [each for each in passes or () if each not in names]
     if unknown:
         raise ValueError(f"the pipeline has no pass {unknown[0]!r}; it has {', '.join(names)}")
-    return "".join(f"# {each.name}\n{each.diff}\n" for each in steps if passes is None or each.name in passes)
+    return {each.name: f"{each.diff}\n" for each in steps if passes is None or each.name in passes}
 
 
-def compare(path: Path, found: str) -> None:
-    """Compare the text of a file with what it would be now.
+def write(folder: Path, found: Mapping[str, str], known: Sequence[str]) -> None:
+    """Write files of a folder; of those that are known, the others go."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in set(known) - found.keys():
+        (folder / name).unlink()
+    for name, text in found.items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def compare(folder: Path, found: Mapping[str, str], known: Sequence[str]) -> None:
+    """Compare files of a folder with what they would be now.
 
     Raises:
         AssertionError: they differ.
     """
     __tracebackhide__ = True
-    if not path.is_file():
-        raise AssertionError(f"{path} is not there; write it with pytest -p sp_compile.testing {OPTION}")
-    expected = path.read_text(encoding="utf-8")
-    if expected == found:
-        return
-    texts = expected.splitlines(), found.splitlines()
-    lines = difflib.unified_diff(*texts, str(path), f"{path.name} of now", n=1, lineterm="")
-    how = f"if this is meant, run pytest with {OPTION} and review the file"
-    raise AssertionError("\n".join([f"{path} has other diffs:", *lines, how]))
+    problems = [f"{folder / name} is stale: no pass writes it" for name in known if name not in found]
+    for name, text in found.items():
+        if not (folder / name).is_file():
+            problems.append(f"{folder / name} is not there")
+            continue
+        texts = (folder / name).read_text(encoding="utf-8").splitlines(), text.splitlines()
+        problems += difflib.unified_diff(*texts, str(folder / name), f"{name} of now", n=1, lineterm="")
+    if problems:
+        how = f"if this is meant, run pytest -p sp_compile.testing {OPTION} and review the files"
+        raise AssertionError("\n".join([*problems, how]))
 
 
 def pytest_addoption(parser: Any) -> None:

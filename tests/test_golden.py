@@ -17,7 +17,7 @@ import torch
 import sp_compile
 from sp_compile import testing
 from sp_compile.pipeline import registered_passes
-from sp_compile.testing import assert_graph_diff, compare
+from sp_compile.testing import assert_graph_diff
 
 transformers = pytest.importorskip("transformers")
 
@@ -55,45 +55,55 @@ def batch() -> dict[str, Any]:
 @needs_pinned_versions
 @pytest.mark.parametrize("case", MODELS)
 def test_golden_diffs_are_what_the_passes_change(case: str):
-    assert_graph_diff(built(case), batch(), None, f"golden/{case}.diff")
+    assert_graph_diff(built(case), batch(), None, f"golden/{case}")
 
 
-def test_golden_files_are_those_of_the_models_and_have_every_pass():
-    assert {each.name for each in GOLDEN.iterdir()} == {f"{case}.diff" for case in MODELS}
+def test_golden_folders_are_those_of_the_models_and_have_every_pass():
+    assert {each.name for each in GOLDEN.iterdir()} == set(MODELS)
+    names = [f"{i:02}-{name}.diff" for i, name in enumerate(registered_passes(), 1)]
     for each in GOLDEN.iterdir():
-        assert re.findall(r"^# (\w+)$", each.read_text(), re.MULTILINE) == list(registered_passes())
+        assert sorted(file.name for file in each.iterdir()) == names
 
 
 @pytest.mark.parametrize("case", MODELS)
 def test_golden_text_holds_nothing_that_changes_between_runs(case: str):
     unstable = re.compile(r"\b[su]\d+\b|0x[0-9a-f]{4}|/\w+/|\d\.\d+s\b")
-    assert [line for line in (GOLDEN / f"{case}.diff").read_text().splitlines() if unstable.search(line)] == []
+    found = [f"{each.name}: {line}" for each in (GOLDEN / case).iterdir() for line in each.read_text().splitlines()
+             if unstable.search(line)]  # fmt: skip
+    assert found == []
 
 
 def test_golden_files_of_a_user(tmp_path: Path, monkeypatch):
     """Written where they are asked for, compared, and told when a pipeline has changed."""
-    model, file = built("llama_dense_gqa"), tmp_path / "new" / "model.diff"
-    chosen = ["normalize", "shard_attention"]
-    with pytest.raises(AssertionError, match=r"model.diff is not there; write it with .* --update-golden"):
+    model, chosen = built("llama_dense_gqa"), ["normalize", "shard_attention"]
+    file, folder = tmp_path / "new" / "model.diff", tmp_path / "folder"
+    with pytest.raises(
+        AssertionError, match=r"model.diff is not there\nif .* --update-golden"
+    ):
         assert_graph_diff(model, batch(), None, file, passes=chosen)
     with monkeypatch.context() as patched:
         patched.setattr(testing._Run, "updates", True)
-        assert_graph_diff(model, batch(), None, file, passes=chosen)
-    assert_graph_diff(model, batch(), {"attention": "allgather_kv"}, file, passes=chosen)
+        for each in (file, folder):
+            assert_graph_diff(model, batch(), None, each, passes=chosen)
+    for each in (file, folder):
+        assert_graph_diff(model, batch(), {"attention": "allgather_kv"}, each, passes=chosen)
+        with pytest.raises(AssertionError, match="of now"):
+            assert_graph_diff(model, batch(), {"attention": "ring"}, each, passes=chosen)
     assert re.findall(r"^# (\w+)$", file.read_text(), re.MULTILINE) == chosen
-    with pytest.raises(AssertionError, match="has other diffs:"):
-        assert_graph_diff(model, batch(), {"attention": "ring"}, file, passes=chosen)
+    assert {each.name for each in folder.iterdir()} == {"01-normalize.diff", "02-shard_attention.diff"}
     with pytest.raises(ValueError, match="the pipeline has no pass 'shard_attn'; it has normalize"):
         assert_graph_diff(model, batch(), None, file, passes=["shard_attn"])
 
 
-def test_golden_mismatches_are_told(tmp_path: Path):
-    file = tmp_path / "model.diff"
-    file.write_text("# a\n+one\n+two\n# b\n+same\n")
-    compare(file, file.read_text())
+def test_golden_mismatches_missing_and_stale_files_are_told(tmp_path: Path):
+    testing.write(tmp_path, {"1-a.diff": "+one\n+two\n", "2-b.diff": "+same\n", "4-d.diff": "+old\n"}, [])
+    known = ["1-a.diff", "2-b.diff", "4-d.diff"]
     with pytest.raises(AssertionError) as caught:
-        compare(file, "# a\n+one\n+2\n# b\n+same\n")
+        testing.compare(tmp_path, {"1-a.diff": "+one\n+2\n", "2-b.diff": "+same\n", "3-c.diff": "+new\n"}, known)
     text = str(caught.value)
+    assert "4-d.diff is stale: no pass writes it" in text
+    assert "3-c.diff is not there" in text
     assert "-+two\n++2\n" in text
-    assert "+same" not in text
-    assert text.endswith("run pytest with --update-golden and review the file")
+    assert "2-b" not in text
+    testing.write(tmp_path, {"2-b.diff": "+same\n"}, known)
+    testing.compare(tmp_path, {"2-b.diff": "+same\n"}, [each.name for each in tmp_path.iterdir()])
