@@ -2,6 +2,7 @@
 # make test       set up and run the tests; make test-all adds the slow ones
 # make test-gpu   set up and run the tests that need a GPU, on one
 # make check      ruff and mypy
+# make docs       build the documentation's pages into build/site
 # make golden     write the golden graph diffs anew, for review with git diff
 VENV ?= .venv
 PYTHON ?= python3
@@ -17,7 +18,7 @@ PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt $(PIP_A
 PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 READY := $(VENV)/.installed
 
-.PHONY: demo test test-all test-gpu check golden clean
+.PHONY: demo test test-all test-gpu check docs golden clean
 
 demo: $(READY)
 	$(BIN)/sp-compile run $(CONFIG) $(ARGS)
@@ -32,12 +33,18 @@ test-gpu: $(READY)
 	$(PYTEST) --numprocesses 1 -m cuda tests/test_cuda.py $(PYTEST_ARGS)
 
 # mypy cannot see that the folder passes/ is the package sp_compile.passes; a tree of links can show it.
+TREE = rm -rf build/types && mkdir -p build/types/sp_compile && \
+	ln -s $(CURDIR)/sp_compile/* $(CURDIR)/passes build/types/sp_compile/
+
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build/types && mkdir -p build/types/sp_compile
-	ln -s $(CURDIR)/sp_compile/* $(CURDIR)/passes build/types/sp_compile/
+	$(TREE)
 	cd build/types && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p sp_compile
+
+docs: $(READY)
+	$(TREE)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 golden: $(READY)
 	$(BIN)/python -m pytest tests/test_golden.py -k what_the_passes_change --update-golden $(PYTEST_ARGS)

@@ -77,9 +77,7 @@ def test_golden_files_of_a_user(tmp_path: Path, monkeypatch):
     """Written where they are asked for, compared, and told when a pipeline has changed."""
     model, chosen = built("llama_dense_gqa"), ["normalize", "shard_attention"]
     file, folder = tmp_path / "new" / "model.diff", tmp_path / "folder"
-    with pytest.raises(
-        AssertionError, match=r"model.diff is not there\nif .* --update-golden"
-    ):
+    with pytest.raises(AssertionError, match=r"model.diff is not there\nif .* --update-golden"):
         assert_graph_diff(model, batch(), None, file, passes=chosen)
     with monkeypatch.context() as patched:
         patched.setattr(testing._Run, "updates", True)
