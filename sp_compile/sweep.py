@@ -298,8 +298,14 @@ def write_table(results: Sequence[Mapping[str, Any]], path: Path) -> None:
     """
     pandas = pandas_module()
     part = path.with_name(f".{path.name}.{os.getpid()}")
+    frame = pandas.DataFrame(flat_rows(results))
+    for name in frame.columns:
+        kinds = {float if isinstance(each, int | float) and not isinstance(each, bool) else type(each)
+                 for each in frame[name].dropna()}  # fmt: skip
+        if len(kinds) > 1:  # a column of a table has one type
+            frame[name] = [None if each is None else str(each) for each in frame[name]]
     try:
-        pandas.DataFrame(flat_rows(results)).to_parquet(part)
+        frame.to_parquet(part)
         part.replace(path)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror}") from error

@@ -181,6 +181,11 @@ def test_tables_and_pictures(write, tmp_path, pretended):
     table = pandas.read_parquet(tmp_path / "out.parquet")
     assert table["seconds"].dropna().tolist() == [1.0, 0.5]
     assert table["status"].tolist() == [DONE, FAILED, DONE, FAILED]
+    mixed = [
+        {**each, "point": {"of all kinds": value}} for each, value in zip(found, (1, "two", None, True), strict=True)
+    ]
+    write_table(mixed, tmp_path / "mixed.parquet")
+    assert pandas.read_parquet(tmp_path / "mixed.parquet")["of all kinds"].dropna().tolist() == ["1", "two", "True"]
     files = draw(found, tmp_path / "pictures")
     assert {each.name for each in files} == {
         f"{name}.{kind}" for name in ("speed_up", "bytes", "balance", "memory") for kind in ("png", "svg")}  # fmt: skip
