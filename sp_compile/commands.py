@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +13,7 @@ from rich.console import Console
 from sp_compile import __version__, display
 from sp_compile.config import load_config, show_config
 from sp_compile.errors import ConfigError
+from sp_compile.files import written_whole
 from sp_compile.generation_job import GenerationResult, run_generation
 from sp_compile.job import JobResult, explain_job, run_job
 from sp_compile.pipeline import registered_passes
@@ -154,12 +154,5 @@ def write_json(result: JobResult | GenerationResult, target: Path) -> None:
     Raises:
         ConfigError: the directory does not take it.
     """
-    text = json.dumps(dataclasses.asdict(result) | {"ok": result.ok}, indent=2) + "\n"
-    part = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(target)
-    except OSError as error:
-        raise ConfigError(f"{target} cannot be written: {error.strerror}") from error
-    finally:
-        part.unlink(missing_ok=True)
+    with written_whole(target) as part:
+        part.write_text(json.dumps(dataclasses.asdict(result) | {"ok": result.ok}, indent=2) + "\n", encoding="utf-8")

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from sp_compile.collectives import PRODUCTS, STARTS, multiplications, shadows
-from sp_compile.errors import ConfigError
+from sp_compile.files import written_whole
 from sp_compile.layout import TokenLayout
 from sp_compile.pipeline import PassStep
 from sp_compile.program import Fallback, Program, op_name, source_line
@@ -88,10 +88,8 @@ class Report:
         """
         from sp_compile.page import page
 
-        try:
-            Path(path).write_text(page(self, title), encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
+        with written_whole(Path(path)) as part:
+            part.write_text(page(self, title), encoding="utf-8")
 
     def render(self, console: Any = None) -> None:
         """Print to a rich console, or to standard output as plain text."""

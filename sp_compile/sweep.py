@@ -35,6 +35,7 @@ import yaml
 from sp_compile.config import SWEEP, JobConfig, merged_job, parsed, with_sections
 from sp_compile.config_files import Part, read_parts
 from sp_compile.errors import ConfigError, PipelineError, nearest
+from sp_compile.files import written_whole
 from sp_compile.fingerprint import digest
 from sp_compile.measure import machine, versions
 from sp_compile.pipeline import build_pipeline
@@ -297,20 +298,14 @@ def write_table(results: Sequence[Mapping[str, Any]], path: Path) -> None:
         ConfigError: pandas or pyarrow is not installed, or the file cannot be written.
     """
     pandas = pandas_module()
-    part = path.with_name(f".{path.name}.{os.getpid()}")
     frame = pandas.DataFrame(flat_rows(results))
     for name in frame.columns:
         kinds = {float if isinstance(each, int | float) and not isinstance(each, bool) else type(each)
                  for each in frame[name].dropna()}  # fmt: skip
         if len(kinds) > 1:  # a column of a table has one type
             frame[name] = [None if each is None else str(each) for each in frame[name]]
-    try:
+    with written_whole(path) as part:
         frame.to_parquet(part)
-        part.replace(path)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def pandas_module() -> Any:
