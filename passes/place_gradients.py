@@ -122,11 +122,13 @@ class PlaceGradients(Pass):
 def _bring_again(program: Program) -> None:
     """Mark what attention reads, back to values of the rank's own rows, to be computed again in the backward."""
     stack = [each for node in ops.attention_nodes(program.graph) for each in ops.AttentionArgs(*node.args)[:3]]
+    seen: set[fx.Node] = set()
     while stack:
         node = stack.pop()
         ends = node.op == "placeholder" or isinstance(node.meta.get("placement"), Shard | Replicate)
-        if not ends and "recompute" not in node.meta:
-            node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
+        if not ends and node not in seen:
+            seen.add(node)
+            node.meta.setdefault("recompute", CheckpointPolicy.PREFER_RECOMPUTE)  # checkpointed layers are marked
             stack += node.all_input_nodes
 
 

@@ -24,14 +24,14 @@ import torch
 from torch import fx
 
 from sp_compile import ops
-from sp_compile.errors import ConfigError, KernelError, nearest
+from sp_compile.errors import ConfigError, KernelError, UnsupportedModelError, nearest
 from sp_compile.invariants import KEYS_PADDED, PLANNED, RAISED
 from sp_compile.kernels.choice import KERNELS, Need, choose
 from sp_compile.pipeline import Pass
 from sp_compile.placements import REPLICATE, Gathered, Heads, Held, RankLocal
 from sp_compile.program import Program, gathered_index, placement, source_line
-from sp_compile.score_rule import assigns
-from sp_compile.symbols import shape_of
+from sp_compile.score_rule import assigns, underivable
+from sp_compile.symbols import is_float, shape_of
 
 PLANS = {"tiles": torch.ops.sp_compile.tile_plan.default, "flex": torch.ops.sp_compile.block_mask.default}
 
@@ -59,6 +59,8 @@ class PlanAttention(Pass):
         """Rewrite in place."""
         plans: dict[Any, fx.Node] = {}
         for node in ops.attention_nodes(program.graph):
+            if program.differentiable:
+                _check_derivatives(node)
             kernel = self._choose(program, node)
             args = ops.AttentionArgs(*node.args)._replace(kernel=kernel)
             if kernel in PLANS:
@@ -107,6 +109,33 @@ def _need(program: Program, node: fx.Node) -> Need:
 def _per_head(operand: fx.Node) -> bool:
     sizes = shape_of(operand)
     return len(sizes) >= 3 and sizes[-3] != 1
+
+
+def _check_derivatives(node: fx.Node) -> None:
+    """Whatever a rule makes of weights must have a gradient."""
+    args = ops.AttentionArgs(*node.args)
+    named = {f"x{i}": each for i, each in enumerate(args.operands)}
+    named |= {f"table{i}": each for i, each in enumerate(args.tables)}
+    function = underivable(args.rule, [name for name, each in named.items() if _learned(each)])
+    if function is not None:
+        raise UnsupportedModelError(
+            f"the attention at {source_line(node) or 'an unknown line'} has a bias that goes from weights through "
+            f"{function}, of which no gradient is known; freeze them with requires_grad_(False)"
+        )
+
+
+def _learned(node: fx.Node) -> bool:
+    """Whether a value is computed from weights that train, or from what is."""
+    seen: set[fx.Node] = set()
+    stack = [node] if is_float(node) else []
+    while stack:
+        each = stack.pop()
+        if each.meta.get("requires_grad"):
+            return True
+        if each not in seen and each.target is not torch.ops.aten.detach.default:
+            seen.add(each)
+            stack += [source for source in each.all_input_nodes if is_float(source)]
+    return False
 
 
 def _plan(program: Program, node: fx.Node, args: ops.AttentionArgs) -> fx.Node:

@@ -13,7 +13,7 @@ from rich.console import Console
 from sp_compile import __version__, display
 from sp_compile.config import load_config, show_config
 from sp_compile.errors import ConfigError
-from sp_compile.files import written_whole
+from sp_compile.files import check_target, written_whole
 from sp_compile.generation_job import GenerationResult, run_generation
 from sp_compile.job import JobResult, explain_job, run_job
 from sp_compile.pipeline import registered_passes
@@ -70,8 +70,8 @@ def run(
         typer.echo(show_config(config, overrides or []), nl=False)
         return
     target = json_file or (Path(job.run.json) if job.run.json else None)
-    if target is not None and not target.parent.is_dir():
-        raise ConfigError(f"{target} cannot be written: there is no directory {str(target.parent)!r}")
+    if target is not None:
+        check_target(target)
     generates = job.generate.max_new_tokens is not None
     result = run_generation(job, display.progress) if generates else run_job(job, display.progress)
     if result is None:
@@ -94,8 +94,8 @@ def explain(
 ) -> None:
     """Show passes, collectives, balance and fallbacks for any sp, without weights and ranks."""
     job = load_config(config, overrides or [])
-    if html is not None and not html.parent.is_dir():
-        raise ConfigError(f"{html} cannot be written: there is no directory {str(html.parent)!r}")
+    if html is not None:
+        check_target(html)
     report = explain_job(job)
     if html is None:
         report.render(Console())
@@ -122,9 +122,10 @@ def sweep(
     """Run a job at every point of a grid; points that have a result are not run again."""
     pandas_module()
     grid, file = load_sweep(config, overrides or []), Results(results or Path(f"{Path(config).stem}.jsonl"))
+    check_target(file.path)
     with display.points() as show:
         found = run_sweep(grid, file, retry, show)
-    write_table(found, file.path.with_suffix(".parquet"))
+    write_table(found, file.path.with_name(f"{file.path.name}.parquet"))
     display.show_points(found, Console())
     if any(each["status"] != DONE for each in found):
         raise typer.Exit(1)
@@ -138,7 +139,8 @@ def plot(
     """Draw speed-up, bytes, balance and memory of a sweep, as PNG and SVG."""
     if not results.is_file():
         raise ConfigError(f"there is no file {str(results)!r}")
-    for each in draw(Results(results).read(), folder or results.with_suffix("")):
+    beside = results.with_name(f"{results.stem}-plots")
+    for each in draw(Results(results).read(), folder or beside):
         typer.echo(str(each))
 
 

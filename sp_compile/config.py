@@ -297,7 +297,7 @@ def parsed(override: str) -> dict[str, Any]:
     if not equals or not key:
         raise ConfigError(f"{override!r} is not key=value; write for example sp=2 or model.dtype=bfloat16")
     value = override.removeprefix(key)
-    override = f"{_whole_name(key, value)}{value}"
+    override = f"{full_name(key, value)}{value}"
     try:
         return OmegaConf.to_container(OmegaConf.from_dotlist([override]))  # type: ignore[return-value]
     except (yaml.YAMLError, OmegaConfBaseException) as error:
@@ -310,13 +310,20 @@ def with_sections(key: str, value: Any) -> dict[str, Any]:
     Raises:
         ConfigError: there is no such key, or more than one.
     """
-    for name in reversed(_whole_name(key, "").split(".")):
+    for name in reversed(full_name(key).split(".")):
         value = {name: value}
     return dict(value)
 
 
-def _whole_name(key: str, value: str) -> str:
-    """A dotted name with its section, which may be left out; ``value`` is what follows it, for messages."""
+def full_name(key: str, value: str = "") -> str:
+    """A dotted name with its section, which may be left out.
+
+    Args:
+        value: what follows the name, for messages.
+
+    Raises:
+        ConfigError: there is no such key, or more than one.
+    """
     first = key.split(".")[0]
     if first not in SECTIONS:
         owners = [name for name, kind in SECTIONS.items() if first in _fields(kind)]

@@ -38,7 +38,7 @@ def read_parts(source: str | Path) -> list[Part]:
 
 def _read(name: str, folder: Path, readers: tuple[str, ...]) -> Iterator[Part]:
     path, text = _find(name, folder, readers)
-    if str(path) in readers:
+    if path.resolve() in [Path(each).resolve() for each in readers]:
         raise ConfigError(f"{' includes '.join((*readers, str(path)))}: files include one another in a circle")
     content = _mapping(text, str(path))
     includes = content.pop(INCLUDES, None) or []
@@ -52,8 +52,13 @@ def _read(name: str, folder: Path, readers: tuple[str, ...]) -> Iterator[Part]:
 def _find(name: str, folder: Path, readers: Sequence[str]) -> tuple[Path, str]:
     """The path of a file, or the name of one that ships, and its text."""
     for path in (folder / name, folder / f"{name}.yaml"):
-        if path.is_file():
-            return path, path.read_text(encoding="utf-8")
+        try:
+            if path.is_file():
+                return path, path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path} cannot be read: it is no text in UTF-8") from error
     shipped = {each.name: each for each in resources.files("sp_compile.configs").iterdir() if ".yaml" in each.name}
     asked = Path(name)
     file = asked.name if asked.suffix else f"{asked.name}.yaml"

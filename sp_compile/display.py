@@ -53,7 +53,7 @@ def show_points(results: Sequence[Mapping[str, Any]], console: Console) -> None:
     rows, names = flat_rows(results), [*results[0]["point"]]
     table = Table()
     for name in names:
-        table.add_column(name.split(".")[-1])
+        table.add_column(Text(name.split(".")[-1]))
     for heading in ("", "seconds", "MB sent", "MB peak", "area", "tokens"):
         table.add_column(heading, justify="right")
     for row in rows:
@@ -62,7 +62,7 @@ def show_points(results: Sequence[Mapping[str, Any]], console: Console) -> None:
         if "seconds" in row:
             figures = [f"{row['seconds']:.3f}", f"{row['bytes_sent'] / 1e6:.2f}", f"{row['peak_bytes'] / 1e6:.0f}",
                        f"{row['area_most_over_mean']:.2f}", f"{row['tokens_most_over_mean']:.2f}"]  # fmt: skip
-        table.add_row(*(str(row[name]) for name in names), verdict, *figures)
+        table.add_row(*(Text(str(row[name])) for name in names), verdict, *figures)
     console.print(table)
     console.print("area, tokens: the busiest rank's over the mean", highlight=False)
     for row in rows:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sp_compile.config_files import flat
 from sp_compile.errors import ConfigError
 from sp_compile.sweep import DONE, flat_rows
 
@@ -79,13 +80,15 @@ PICTURES = {
 
 def _lines(rows: Sequence[Row], results: Sequence[Row], name: str) -> dict[str, list[tuple[float, float]]]:
     """Points of each line of a picture, by what the line stands for."""
-    names = dict.fromkeys(key for each in results for key in each["point"])
-    varied = [key for key in names if len({str(each["point"].get(key)) for each in results}) > 1]
-    by_ranks = [key for key in varied if key.split(".")[-1] != "sp"]
-    alone = {_label(row, by_ranks): row["seconds"] for row in rows if row["sp"] == 1}
+    configs = [dict(flat(each["config"])) for each in results]
+    names = dict.fromkeys(key for each in configs for key in each)
+    varied = [key for key in names if len({str(each.get(key)) for each in configs}) > 1]
+    by_ranks = [key for key in varied if key != "run.sp"]
+    both = list(zip(rows, configs, strict=True))
+    alone = {_label(config, by_ranks): row["seconds"] for row, config in both if row["sp"] == 1}
     lines: dict[str, list[tuple[float, float]]] = {}
-    for row in rows:
-        label = _label(row, by_ranks)
+    for row, config in both:
+        label = _label(config, by_ranks)
         if name == "speed_up" and label in alone:
             lines.setdefault(label, []).append((row["sp"], alone[label] / row["seconds"]))
         elif name == "bytes":
@@ -93,9 +96,8 @@ def _lines(rows: Sequence[Row], results: Sequence[Row], name: str) -> dict[str, 
         elif name == "balance":
             lines.setdefault(label, []).append((row["sp"], row["area_most_over_mean"]))
         elif name == "memory":
-            sizes = ("max_tokens", "max_requests", "files")
-            others = [key for key in varied if key.split(".")[-1] not in sizes]
-            lines.setdefault(_label(row, others), []).append((row["tokens"], row["peak_bytes"] / 1e6))
+            others = [key for key in varied if not key.startswith("requests.")]
+            lines.setdefault(_label(config, others), []).append((row["tokens"], row["peak_bytes"] / 1e6))
     return lines
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import ast
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -208,6 +208,17 @@ def gradients(
                 part = (of_value * _slope(each, i, inputs, value)).sum_to_size(inputs[i].shape)
             found[item] = found[item] + part if item in found else part
     return [found.get(name, torch.zeros_like(values[name])) for name in wanted]
+
+
+def underivable(rule: str, learned: Iterable[str]) -> str | None:
+    """A function of a rule through which :func:`gradients` cannot go, of those that read what is learned."""
+    reached = set(learned)
+    for each in needed(rule, ("score", "bias")):
+        if reached.intersection(each.arguments) and each.function not in _STEPS:
+            if each.function not in _SLOPES and each.function != "lookup":
+                return each.function
+            reached.add(each.name)
+    return None
 
 
 def _of_table(table: torch.Tensor, index: torch.Tensor, of_entries: torch.Tensor) -> torch.Tensor:

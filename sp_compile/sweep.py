@@ -24,6 +24,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ from typing import Any
 
 import yaml
 
-from sp_compile.config import SWEEP, JobConfig, merged_job, parsed, with_sections
+from sp_compile.config import SWEEP, JobConfig, full_name, merged_job, parsed, with_sections
 from sp_compile.config_files import Part, read_parts
 from sp_compile.errors import ConfigError, PipelineError, nearest
 from sp_compile.files import written_whole
@@ -41,7 +42,8 @@ from sp_compile.measure import machine, versions
 from sp_compile.pipeline import build_pipeline
 
 FORMAT = 1  # of a line of results
-TIMEOUT = 1800.0
+TIMEOUT, LONGEST = 1800.0, 1e6  # seconds
+FIELDS = {"format", "key", "point", "status", "error", "config", "result"}
 DONE, FAILED, TIMED_OUT = "done", "failed", "timed out"
 
 
@@ -83,6 +85,10 @@ def load_sweep(source: str | Path, overrides: Sequence[str] = ()) -> Sweep:
         parts.append(Part(part.origin, content))
     if not grid:
         raise ConfigError(f"{source} describes no sweep; add sweep: {{over: {{run.sp: [1, 2]}}}}")
+    whole = [full_name(name) for name in grid]
+    if len({*whole}) < len(whole):
+        twice = next(name for name in whole if whole.count(name) > 1)
+        raise ConfigError(f"{source}: {SWEEP}.over names {twice} twice")
     fixed = [part.content for part in parts] + [parsed(each) for each in overrides]
     points = []
     for chosen in itertools.product(*grid.values()):
@@ -105,11 +111,13 @@ def _section(section: Any, origin: str, timeout: float) -> tuple[dict[str, list[
         if key not in ("over", "timeout"):
             raise ConfigError(f"{origin}: unknown key '{SWEEP}.{key}'{nearest(str(key), ('over', 'timeout'))}")
     grid, timeout = section.get("over") or {}, section.get("timeout", timeout)
-    if not isinstance(timeout, int | float) or isinstance(timeout, bool) or not timeout > 0:
-        raise ConfigError(f"{origin}: {SWEEP}.timeout={timeout!r}; expected seconds above 0")
+    if not isinstance(timeout, int | float) or isinstance(timeout, bool) or not 0 < timeout <= LONGEST:
+        raise ConfigError(f"{origin}: {SWEEP}.timeout={timeout!r}; expected seconds, above 0 and at most {LONGEST:g}")
     if not isinstance(grid, Mapping):
         raise ConfigError(f"{origin}: {SWEEP}.over is {grid!r}; expected keys with lists of values")
     for name, values in grid.items():
+        if not isinstance(name, str):
+            raise ConfigError(f"{origin}: {SWEEP}.over has the key {name!r}; expected names such as run.sp")
         if not isinstance(values, list) or not values:
             raise ConfigError(f"{origin}: {SWEEP}.over.{name} is {values!r}; expected a list of values")
     return dict(grid), float(timeout)
@@ -141,8 +149,11 @@ class Results:
         try:
             found = json.loads(line)
             of = found["format"]
-        except (ValueError, KeyError, TypeError):
-            raise ConfigError(f"{self.path}: line {number} is no result of a sweep; name another file") from None
+            whole = of != FORMAT or found.keys() >= FIELDS
+        except (ValueError, KeyError, TypeError, AttributeError):
+            whole = False
+        if not whole:
+            raise ConfigError(f"{self.path}: line {number} is no result of a sweep; name another file")
         if of != FORMAT:
             raise ConfigError(
                 f"{self.path}: line {number} has format {of}, this version reads {FORMAT}; name another file"
@@ -200,10 +211,13 @@ def run_sweep(
     Raises:
         ConfigError: the file of results is not one, or cannot be written.
     """
-    known = {each["key"]: each for each in results.read()}
-    wanted = [each for each in sweep.points if each.key not in known or (retry and known[each.key]["status"] != DONE)]
-    wanted = list({each.key: each for each in wanted}.values())
-    with results.writing() as add:
+    results.read()  # what is no file of results is not touched
+    with results.writing() as add, _ended_by_signals():
+        known = {each["key"]: each for each in results.read()}
+        wanted = [
+            each for each in sweep.points if each.key not in known or (retry and known[each.key]["status"] != DONE)
+        ]
+        wanted = list({each.key: each for each in wanted}.values())
         for i, point in enumerate(wanted):
             show(len(sweep.points) - len(wanted) + i, len(sweep.points), point)
             known[point.key] = _run(point, sweep.timeout)
@@ -212,12 +226,32 @@ def run_sweep(
     return [{**known[each.key], "point": dict(each.values)} for each in sweep.points]
 
 
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Let signals that end this process end what it started, too."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, _: Any) -> None:
+        sys.exit(128 + number)
+
+    before = {each: signal.signal(each, end) for each in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
 def _run(point: Point, timeout: float) -> dict[str, Any]:
     """Run a point in a process of its own, which starts its ranks."""
     start = time.time()
     with tempfile.TemporaryDirectory() as folder:
         config, output = Path(folder, "point.yaml"), Path(folder, "result.json")
-        config.write_text(yaml.safe_dump(dataclasses.asdict(point.job)), encoding="utf-8")
+        job = dataclasses.asdict(point.job)
+        job["run"]["timeout"] = max(job["run"]["timeout"], timeout)  # which ends the point here
+        config.write_text(yaml.safe_dump(job), encoding="utf-8")
         run = [sys.executable, "-m", "sp_compile", "run", str(config), "--json", str(output)]
         status, error = _finish(run, timeout)
         result = json.loads(output.read_text(encoding="utf-8")) if output.exists() else None
@@ -241,7 +275,7 @@ def _run(point: Point, timeout: float) -> dict[str, Any]:
 def _finish(command: Sequence[str], timeout: float) -> tuple[str, str | None]:
     """How a command ended, and what it said if not well."""
     process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
     )
     try:
         _, told = process.communicate(timeout=timeout)
@@ -268,8 +302,19 @@ def _flat(each: Mapping[str, Any]) -> dict[str, Any]:
     row = {name: value if _plain(value) else json.dumps(value) for name, value in each["point"].items()}
     row |= {"status": each["status"], "error": each["error"], "sp": each["config"]["run"]["sp"]}
     result = each["result"]
-    if result is None or "forward_seconds" not in result:
+    if result is None:
         return row
+    if "forward_seconds" not in result:  # of a job that generates
+        prompts, new = sum(result["lengths"]), sum(result["new_tokens"])
+        return row | {
+            "tokens": prompts,
+            "requests": len(result["lengths"]),
+            "new_tokens": new,
+            "prefill_seconds": result["prefill_seconds"],
+            "decode_seconds": result["decode_seconds"],
+            "new_tokens_per_second": new / result["decode_seconds"] if result["decode_seconds"] else None,
+            "cache_bytes": max(result["cache_bytes"]),
+        }
     ranks, alone = result["ranks"], result["unsharded"]
     area, tokens = ([rank[name] for rank in ranks] for name in ("attention_area", "tokens"))
     return row | {

@@ -58,21 +58,21 @@ def assert_graph_diff(
     path = Path(sys._getframe(1).f_globals.get("__file__", ".")).parent / file
     found = graph_diffs(model, batch, config, sp, passes)
     if path.suffix == ".diff":
-        found = {path.name: "".join(f"# {name}\n{text}" for name, text in found.items())}
-        folder = path.parent
+        folder, files = path.parent, {path.name: "".join(f"# {name}\n{text}" for name, text in found)}
+        known = [path.name]
     else:
-        found = {f"{i:02}-{name}.diff": text for i, (name, text) in enumerate(found.items(), 1)}
-        folder = path
-    known = [*found] if path.suffix == ".diff" else [each.name for each in sorted(folder.glob("*.diff"))]
+        folder, files = path, {f"{i:02}-{name}.diff": text for i, (name, text) in enumerate(found, 1)}
+        known = [each.name for each in sorted(folder.glob("[0-9][0-9]-*.diff"))]
     if _Run.updates:
-        write(folder, found, known)
-    compare(folder, found, known)
+        write(folder, files, known)
+    else:
+        compare(folder, files, known)
 
 
 def graph_diffs(
     model: nn.Module, batch: Mapping[str, Any], config: Any, sp: int, passes: Sequence[str] | None = None
-) -> dict[str, str]:
-    """The diff of each pass by its name; arguments of :func:`assert_graph_diff`."""
+) -> list[tuple[str, str]]:
+    """Name and diff of each pass; arguments of :func:`assert_graph_diff`."""
     from sp_compile.api import explain
 
     steps = explain(model, batch, sp, config).steps
@@ -80,7 +80,7 @@ def graph_diffs(
     unknown = [each for each in passes or () if each not in names]
     if unknown:
         raise ValueError(f"the pipeline has no pass {unknown[0]!r}; it has {', '.join(names)}")
-    return {each.name: f"{each.diff}\n" for each in steps if passes is None or each.name in passes}
+    return [(each.name, f"{each.diff}\n") for each in steps if passes is None or each.name in passes]
 
 
 def write(folder: Path, found: Mapping[str, str], known: Sequence[str]) -> None:

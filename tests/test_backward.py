@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sp_compile import ops
-from sp_compile.score_rule import evaluate
+from sp_compile.score_rule import evaluate, underivable
 
 CAUSAL = "mask = le(x1, x0)"
 RULES = {
@@ -110,3 +110,12 @@ def definition(
     score = torch.where(mask, score, -1e300)
     weights = torch.where(blind.unsqueeze(-1), 0.0, torch.softmax(score, dim=-1))
     return (weights * values.get("keep", 1.0)) @ v, torch.logsumexp(score, dim=-1), blind
+
+
+def test_functions_without_a_gradient_are_found_before_they_are_needed():
+    rule = "t0 = remainder(x0, 2.0); t1 = floor(x1); bias = mul(t0, x1); mask = le(t1, x2)"
+    assert underivable(rule, ["x0"]) == "remainder"
+    assert underivable(rule, ["x1", "x2"]) is None
+    beyond = "t0 = floor(x0); t1 = remainder(t0, 2.0); bias = mul(t1, x1)"  # through steps no gradient goes on
+    assert underivable(beyond, ["x0"]) is None
+    assert underivable("t0 = lookup(table0, x0); bias = exp(t0)", ["table0"]) is None

@@ -144,6 +144,18 @@ def _written(folder: Path, text: str) -> Path:
     return folder / "shown.yaml"
 
 
+def test_files_that_cannot_be_read_are_told(tmp_path: Path):
+    (tmp_path / "a.yaml").write_bytes(b"run: {sp: \xff}")
+    with pytest.raises(ConfigError, match=r"a.yaml cannot be read: it is no text in UTF-8"):
+        load_config(tmp_path / "a.yaml")
+    with pytest.raises(ConfigError, match="cannot be read: File name too long"):
+        load_config("n" * 300)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "b.yaml").write_text("defaults: [../sub/b.yaml]")
+    with pytest.raises(ConfigError, match="files include one another in a circle"):
+        load_config(tmp_path / "sub" / "b.yaml")
+
+
 @pytest.mark.parametrize(
     ("texts", "message"),
     [

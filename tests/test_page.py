@@ -83,7 +83,7 @@ def test_a_diff_side_by_side():
 
 
 def test_a_folder_that_is_not_there_is_told(tmp_path: Path):
-    with pytest.raises(ConfigError, match="cannot be written: No such file or directory"):
+    with pytest.raises(ConfigError, match="cannot be written: there is no directory"):
         report().write_html(tmp_path / "nowhere" / "page.html")
 
 

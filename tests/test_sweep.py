@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from sp_compile import sweep
+from sp_compile import plots, sweep
 from sp_compile.errors import ConfigError
 from sp_compile.plots import draw
 from sp_compile.sweep import DONE, FAILED, TIMED_OUT, Point, Results, flat_rows, load_sweep, run_sweep, write_table
@@ -86,8 +87,11 @@ def test_a_point_for_each_combination_in_order(write):
         ("sweep: [1]", r"sweep is \[1\]; expected over and timeout"),
         ("sweep: {ovr: {sp: [1]}}", r"unknown key 'sweep.ovr'; did you mean 'over'\?"),
         ("sweep: {over: {sp: 2}}", r"sweep.over.sp is 2; expected a list of values"),
-        ("sweep: {over: {sp: [1]}, timeout: 0}", r"sweep.timeout=0; expected seconds above 0"),
-        ("sweep: {over: {spp: [1]}}", r"point spp=1: unknown key 'spp'; did you mean 'sp'\?"),
+        ("sweep: {over: {sp: [1]}, timeout: 0}", r"sweep.timeout=0; expected seconds, above 0 and at most 1e\+06"),
+        ("sweep: {over: {sp: [1]}, timeout: .inf}", r"sweep.timeout=inf; expected seconds"),
+        ("sweep: {over: {spp: [1]}}", r"unknown key 'spp'; did you mean 'sp'\?"),
+        ("sweep: {over: {1: [1]}}", r"sweep.over has the key 1; expected names"),
+        ("sweep: {over: {sp: [1], run.sp: [2]}}", r"sweep.over names run.sp twice"),
         ("sweep: {over: {sp: [1, two]}}", r"point sp=two: run.sp: .*; expected a whole number"),
         ("sweep: {over: {attention: [rign]}}", r"point attention=rign: .*'rign'; did you mean 'ring'\?"),
     ],
@@ -118,6 +122,9 @@ def test_results_that_are_not_ours_are_refused(write, tmp_path, pretended):
     grid, path = load_sweep(write(GRID)), tmp_path / "out.jsonl"
     path.write_text('{"format": 99, "key": "a"}\n')
     with pytest.raises(ConfigError, match="line 1 has format 99, this version reads 1"):
+        run_sweep(grid, Results(path))
+    path.write_text('{"format": 1}\n')
+    with pytest.raises(ConfigError, match="line 1 is no result of a sweep"):
         run_sweep(grid, Results(path))
     path.write_text("seconds,bytes\n")
     with pytest.raises(ConfigError, match="line 1 is no result of a sweep"):
@@ -153,11 +160,32 @@ def test_how_a_point_ends():
     assert end("import sys; print('error: no model', file=sys.stderr); print('x', file=sys.stderr); sys.exit(2)") == (
         FAILED, "error: no model")  # fmt: skip
     assert end("import os; os._exit(3)") == (FAILED, "it ended with status 3")
+    assert end("import os, sys; os.write(2, b'\\xff error'); sys.exit(2)")[0] == FAILED
     start = time.perf_counter()
     # what it started ends with it
     child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
     assert end(child, 2) == (TIMED_OUT, "it took longer than 2 s")
     assert time.perf_counter() - start < 30
+
+
+def test_a_signal_ends_what_was_started(tmp_path):
+    """A sweep that is ended by its scheduler leaves no job running beside the next."""
+    note = f"import os, pathlib, time; pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()))"
+    child = f"{note}; time.sleep(60)"
+    script = (
+        "import sys; from sp_compile import sweep\n"
+        f"with sweep._ended_by_signals(): sweep._finish([sys.executable, '-c', {child!r}], 60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script])
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    started = int((tmp_path / "pid").read_text())
+    process.terminate()
+    assert process.wait(30) == 128 + 15
+    with pytest.raises(ProcessLookupError):
+        os.kill(started, 0)
 
 
 def test_real_points(write, tmp_path):
@@ -192,6 +220,23 @@ def test_tables_and_pictures(write, tmp_path, pretended):
     assert all(each.stat().st_size > 1000 for each in files)
     with pytest.raises(ConfigError, match="no point of the results has figures"):
         draw(found[1:2], tmp_path)
+    generated = {"lengths": [3, 4], "new_tokens": [5, 5], "prefill_seconds": 1.0, "decode_seconds": 2.0}
+    (row,) = flat_rows([{**found[0], "result": {**generated, "cache_bytes": [7, 9]}}])
+    assert (row["new_tokens_per_second"], row["cache_bytes"]) == (5.0, 9)
+
+
+def test_results_of_other_configurations_are_lines_of_their_own():
+    job = load_sweep("sweep_strategies").points[0].job
+
+    def result(sp: int, dtype: str, seconds: float) -> dict[str, Any]:
+        found = {**result_of(Point({"sp": sp}, job)), "forward_seconds": seconds}
+        config = {"run": {"sp": sp}, "model": {"dtype": dtype}}
+        return {"key": f"{sp}{dtype}", "point": {"sp": sp}, "status": DONE, "error": None, "config": config,
+                "result": found}  # fmt: skip
+
+    results = [result(1, "float32", 4.0), result(2, "float32", 2.0), result(1, "bfloat16", 2.0)]
+    assert plots._lines(flat_rows(results), results, "speed_up") == {
+        "dtype=float32": [(1, 1.0), (2, 2.0)], "dtype=bfloat16": [(1, 1.0)]}  # fmt: skip
 
 
 def test_the_command(write, tmp_path, pretended, monkeypatch, capsys):
@@ -202,7 +247,9 @@ def test_the_command(write, tmp_path, pretended, monkeypatch, capsys):
     told = capsys.readouterr().out
     assert "it broke" in told
     assert len(json.loads((tmp_path / "grid.jsonl").read_text().splitlines()[0])) > 3
-    assert (tmp_path / "grid.parquet").is_file()
+    assert (tmp_path / "grid.jsonl.parquet").is_file()
+    assert main(["sweep", "grid.yaml", "--results", "."]) == 2
+    assert "it is a directory" in capsys.readouterr().err
     assert main(["plot", "grid.jsonl", "--out", "pictures"]) == 0
     assert "pictures/speed_up.png" in capsys.readouterr().out
     assert main(["plot", "grd.jsonl"]) == 2

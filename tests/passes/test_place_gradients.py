@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
 
-from sp_compile import gradients
+import torch
+from torch.nn import functional as F
+from torch.utils.checkpoint import CheckpointPolicy
+
+from sp_compile import gradients, ops
 from sp_compile.capture import Captured
-from sp_compile.passes.place_gradients import PlaceGradients
+from sp_compile.passes.place_gradients import ALL_GATHER, PlaceGradients, _bring_again
 from sp_compile.pipeline import build_pipeline, run_pipeline
 from sp_compile.program import Program
+from tests.passes.graphs import after, embeds, small
 from tests.training import batch_of, plain
 
 
@@ -66,3 +71,23 @@ def test_frozen_weights_are_left_out():
     program = placed(1 << 20, frozen=("embed.weight", "head.weight"))
     (ended,) = calls(program, gradients.end_sums)
     assert not {"embed_weight", "head_weight"} & {each.name for each in ended.args}
+
+
+def test_what_is_brought_again_goes_back_to_the_rank_s_own_rows_through_checkpointed_layers():
+    """Latents are gathered and keys made of them there, in a layer whose nodes are marked already."""
+
+    def forward(self: Any, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        latents = 2 * inputs_embeds[..., :2]
+        q = inputs_embeds.unflatten(-1, (4, 8)).transpose(1, 2)
+        k = F.linear(latents, self.w).unflatten(-1, (4, 8)).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, k, is_causal=True)
+
+    program = after("lower_redistributes", small(forward, w=torch.randn(32, 2)), embeds(32))
+    (attention,) = ops.attention_nodes(program.graph)
+    gathers = [node for node in program.graph.nodes if node.target is ALL_GATHER and node < attention]
+    assert len(gathers) == 1
+    for node in program.graph.nodes:
+        node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
+    gathers[0].meta.pop("recompute")
+    _bring_again(program)
+    assert gathers[0].meta["recompute"] == CheckpointPolicy.PREFER_RECOMPUTE
