@@ -79,6 +79,9 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 }
 
 
+DRAWS = frozenset({"bernoulli", "drawn"})  # of FUNCTIONS, those that only ``keep`` is made by
+
+
 @dataclass(frozen=True)
 class Assignment:
     """``name = function(arguments)``; arguments are names of values or numbers."""

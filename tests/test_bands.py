@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from sp_compile.kernels.bands import _COMPARISONS, _LOGIC, _PLANES, Band, Pairs, Value
 from sp_compile.kernels.pieces import BRANCH, SMALL, Side, Vector
-from sp_compile.score_rule import FUNCTIONS, evaluate, parse
+from sp_compile.score_rule import DRAWS, FUNCTIONS, evaluate, parse
 
 properties = settings(max_examples=150, deadline=None)
 Case = tuple[str, list[torch.Tensor]]
@@ -99,7 +99,7 @@ def rules(draw: st.DrawFn, function: str) -> Case:
 
 ONE = ("copy", "neg", "abs", "exp", "exp2", "sqrt", "tanh", "sigmoid", "floor", "ceil", "round", "sign", "not", "bool",
        "int", "float", "log", "log2", "log1p")  # fmt: skip
-BRUTE = sorted(set(FUNCTIONS) - {"lookup", "pow"})
+BRUTE = sorted(set(FUNCTIONS) - DRAWS - {"lookup", "pow"})
 
 
 @pytest.mark.parametrize("function", BRUTE)
