@@ -164,12 +164,15 @@ def _row_numbers(args: ops.AttentionArgs, tokens: sympy.Symbol | None, counted: 
     found = [_row_number(each, tokens) for each in args.operands]
     if any(each is not None for each in found):
         return found
-    runs = _runs(args)
     if counted:
         runs = next((_Runs(each, ()) for each in _placeholders(args) if shape_of(each) == (1, tokens)), None)
-    if not counted and runs is None and not keeps_apart(args.rule, args.operands):
-        return found
-    return [_row_number(each, tokens, True, runs) for each in args.operands]
+        return [_row_number(each, tokens, True, runs) for each in args.operands]
+    runs = _runs(args)
+    if runs is not None:  # which may begin at any number, and so go with nothing that counts otherwise
+        return [_row_number(each, tokens, False, runs) for each in args.operands]
+    return (
+        [_row_number(each, tokens, True) for each in args.operands] if keeps_apart(args.rule, args.operands) else found
+    )
 
 
 @dataclass(frozen=True)
