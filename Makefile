@@ -33,17 +33,14 @@ test-gpu: $(READY)
 	$(PYTEST) --numprocesses 1 -m cuda tests/test_cuda.py $(PYTEST_ARGS)
 
 # mypy cannot see that the folder passes/ is the package sp_compile.passes; a tree of links can show it.
-TREE = rm -rf build/types && mkdir -p build/types/sp_compile && \
-	ln -s $(CURDIR)/sp_compile/* $(CURDIR)/passes build/types/sp_compile/
-
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(TREE)
+	rm -rf build/types && mkdir -p build/types/sp_compile
+	ln -s $(CURDIR)/sp_compile/* $(CURDIR)/passes build/types/sp_compile/
 	cd build/types && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p sp_compile
 
 docs: $(READY)
-	$(TREE)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 golden: $(READY)
