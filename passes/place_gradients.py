@@ -32,14 +32,23 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from sp_compile import gradients, ops
 from sp_compile.collectives import is_wait
+from sp_compile.errors import CaptureError
 from sp_compile.invariants import GRADIENTS_PLACED, LOWERED
 from sp_compile.pipeline import Pass
 from sp_compile.placements import REPLICATE, Replicate, Shard
 from sp_compile.program import Program, placement
-from sp_compile.symbols import is_float
+from sp_compile.symbols import is_float, shape_of
 
 aten = torch.ops.aten
 ALL_GATHER = torch.ops._c10d_functional.all_gather_into_tensor.default
+_JOINING = {
+    torch.ops._c10d_functional.all_reduce.default: gradients.sum_shards,
+    ALL_GATHER: gradients.stack_shards,
+}
+_OF_A_SHARD = (
+    "the loss is computed from a part of the logits on each rank of tensor parallelism; let the module that makes them "
+    "return whole ones: ColwiseParallel(output_layouts=Replicate())"
+)
 ORDERED = (aten.index_select.default, aten.movedim.int, aten.unflatten.int, aten.flatten.using_ints)
 
 
@@ -61,7 +70,11 @@ class PlaceGradients(Pass):
 
     def run(self, program: Program) -> None:
         """Rewrite in place."""
-        if program.differentiable and program.sp > 1:
+        if not program.differentiable:
+            return
+        for group in program.tensor_groups:
+            _shards(program, group)
+        if program.sp > 1:
             self._outputs(program)
             self._weights(program)
             if not self.keep_gathered:
@@ -117,6 +130,48 @@ class PlaceGradients(Pass):
             held += size
         if bucket:
             yield bucket
+
+
+def _shards(program: Program, group: str) -> None:
+    """Have ranks of tensor parallelism sum the gradients of what they compute shards from.
+
+    Raises:
+        CaptureError: the loss is one of a shard.
+    """
+    in_shards: set[fx.Node] = set()
+    recorded: set[fx.Node] = set()
+    read: dict[fx.Node, fx.Node] = {}
+    for node in list(program.graph.nodes):
+        if node.op == "placeholder":
+            in_shards |= {node} if node.meta.get("tensor_group") == group else set()
+            recorded |= {node} if node.meta.get("requires_grad") else set()
+            continue
+        inputs = node.all_input_nodes
+        if node.op == "output":
+            for each in inputs:
+                if each in in_shards and each in recorded and not shape_of(_before_sums(each)):
+                    raise CaptureError(_OF_A_SHARD)
+            continue
+        if not recorded.isdisjoint(inputs) and ("val" not in node.meta or is_float(node)):
+            recorded.add(node)
+        if node.target in _JOINING and node.args[-1] == group:
+            node.target = _JOINING[node.target]
+        elif not in_shards.isdisjoint(inputs):
+            in_shards.add(node)
+            for each in inputs:
+                if each in recorded and each not in in_shards:
+                    if each not in read:
+                        with program.graph.inserting_before(node):
+                            read[each] = program.graph.call_function(gradients.read_by_shards, (each, group))
+                        read[each].meta.update(each.meta)
+                    node.replace_input_with(each, read[each])
+
+
+def _before_sums(node: fx.Node) -> fx.Node:
+    """What was summed over ranks, of which the shape is known."""
+    while "val" not in node.meta:
+        node = node.all_input_nodes[0]
+    return node
 
 
 def _bring_again(program: Program) -> None:

@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from sp_compile import fingerprint
 from sp_compile import mesh as meshes
 from sp_compile.config import CompileConfig, compile_config
 from sp_compile.costs import rates_of
+from sp_compile.dynamo.shards import local_value
 from sp_compile.errors import UnsupportedModelError
 from sp_compile.inputs import requests_alone
 from sp_compile.pipeline import check_complete
@@ -47,7 +49,7 @@ def parallelize(
         MeshError: ``sp`` does not fit the ranks there are, or their backend the model's device.
         ConfigError: an unknown option, pass or strategy.
         PipelineError: the pipeline's order breaks an invariant, or it ends before ranks could run the graph.
-        UnsupportedModelError: the model is already parallel, mixes devices, or has parameters that are DTensors.
+        UnsupportedModelError: the model is already parallel, mixes devices, or is sharded by ``fully_shard`` already.
         RankMismatchError: ranks disagree on the model or the configuration.
     """
     group = meshes.resolve(sp, mesh)
@@ -193,11 +195,12 @@ def _check_model(model: nn.Module) -> None:
     if len(devices) > 1:
         examples = ", ".join(next(f"{name} on {each}" for name, t in tensors if t.device == each) for each in devices)
         raise UnsupportedModelError(f"the model lies on several devices ({examples}); move it to one")
+    fsdp = any(isinstance(each, FSDPModule) for each in model.modules())
     for name, tensor in model.named_parameters():
-        if isinstance(tensor, DTensor):
+        if isinstance(tensor, DTensor) and (fsdp or tensor.device_mesh.ndim > 1):
             raise UnsupportedModelError(
-                f"{name} is spread over the mesh axes {tensor.device_mesh.mesh_dim_names}: tensor parallelism is not "
-                "supported, and fully_shard goes around what parallelize returns"
+                f"{name} is spread over the mesh axes {tensor.device_mesh.mesh_dim_names}: fully_shard goes around "
+                "what parallelize returns, and tensor parallelism takes one axis"
             )
         if tensor.is_floating_point() and tensor.dtype not in FLOATS:
             raise UnsupportedModelError(f"{name} is {tensor.dtype}; supported are {', '.join(map(str, FLOATS))}")
@@ -205,7 +208,7 @@ def _check_model(model: nn.Module) -> None:
 
 def _first(parameter: torch.Tensor) -> list[float]:
     """A few elements, to tell weights apart that were drawn from other seeds."""
-    return [] if parameter.is_meta else parameter.detach().reshape(-1)[:4].float().tolist()
+    return [] if parameter.is_meta else local_value(parameter.detach()).reshape(-1)[:4].float().tolist()
 
 
 def _model_fields(model: nn.Module, config: CompileConfig) -> dict[str, str]:

@@ -11,11 +11,13 @@ import sympy
 import torch
 from torch import fx, nn
 from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
+from torch.distributed.tensor import DTensor
 from torch.fx import traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from sp_compile.dynamo.flex import without_flex
 from sp_compile.dynamo.regions import without_checkpoints, without_grad_modes
+from sp_compile.dynamo.shards import is_mesh, local_value, tensor_group, without_dtensors
 from sp_compile.dynamo.vmap import without_vmap
 from sp_compile.errors import CaptureError
 from sp_compile.program import Fallback, Program
@@ -47,8 +49,13 @@ class Captured:
         self._gm = gm
         self._traced: fx.GraphModule | None = None
         self._records = torch.is_grad_enabled()
-        for node in gm.graph.find_nodes(op="placeholder"):
+        for node in _placeholders(gm):
             _source(node)
+
+    @staticmethod
+    def inputs(values: Sequence[Any]) -> list[Any]:
+        """What programs take, of what Dynamo calls the graph with: local shards, and no meshes."""
+        return [local_value(each) for each in values if not is_mesh(each)]
 
     def program(self, sp: int, group_name: str, outputs: str) -> Program:
         """A program of its own, for passes to rewrite.
@@ -72,14 +79,16 @@ class Captured:
 
 def _traced(gm: fx.GraphModule) -> fx.GraphModule:
     """One functional graph, its inputs under readable names."""
-    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    placeholders = _placeholders(gm)
     values = [node.meta["example_value"] for node in placeholders]
     names = [input_name(_source(node)) for node in placeholders]
     is_weight = ["_parameters" in _source(node) or "_buffers" in _source(node) for node in placeholders]
-    traced = _retrace(gm, values)
+    traced = _retrace(gm, [local_value(each) for each in values])
     inputs = traced.graph.find_nodes(op="placeholder")
     for node, name, value, weight in zip(inputs, names, values, is_weight, strict=True):
         node.meta["weight"] = weight
+        if isinstance(value, DTensor) and not value.placements[0].is_replicate():
+            node.meta["tensor_group"] = tensor_group(value)
         node.meta["requires_grad"] = isinstance(value, torch.Tensor) and value.requires_grad
         if not isinstance(value, torch.Tensor):
             name = "tokens" if isinstance(value, torch.SymInt) else name
@@ -87,6 +96,12 @@ def _traced(gm: fx.GraphModule) -> fx.GraphModule:
         node.target = node.name
     _refuse_writes(traced)
     return traced
+
+
+def _placeholders(gm: fx.GraphModule) -> list[fx.Node]:
+    """Dynamo's inputs, but for the meshes of DTensors."""
+    found = gm.graph.find_nodes(op="placeholder")
+    return [node for node in found if not is_mesh(node.meta.get("example_value"))]
 
 
 def _source(node: fx.Node) -> str:
@@ -99,7 +114,7 @@ def _source(node: fx.Node) -> str:
 
 
 def _retrace(gm: fx.GraphModule, values: Sequence[Any]) -> fx.GraphModule:
-    flat = without_vmap(without_flex(without_grad_modes(without_checkpoints(gm))))
+    flat = without_vmap(without_flex(without_dtensors(without_grad_modes(without_checkpoints(gm)))))
 
     def run(*inputs: Any) -> Any:
         return fx.Interpreter(flat).run(*inputs)

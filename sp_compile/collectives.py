@@ -17,6 +17,8 @@ EXCHANGE = ops.exchange_rows._opoverload
 STARTS = {
     c10d.all_gather_into_tensor.default: "all_gather",
     gradients.restored_rows: "all_gather",
+    gradients.stack_shards: "all_gather",
+    gradients.sum_shards: "all_reduce",
     c10d.all_to_all_single.default: "all_to_all",
     c10d.all_reduce.default: "all_reduce",
     EXCHANGE: "exchange",

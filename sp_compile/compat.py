@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import patch
 
 import sympy
 import torch
@@ -69,6 +70,19 @@ def size_source(name: str) -> Any:
     while int(hashlib.sha256(f"{name}{suffix}".encode()).hexdigest(), 16) % 100 < 90:  # how torch numbers symbols
         suffix += 1
     return ConstantSource(f"{name}{suffix}")
+
+
+@contextmanager
+def hashable_dtensors() -> Iterator[None]:
+    """Let Dynamo hash DTensors whose strides are symbols, as those of a slice of tokens are."""
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec
+
+    def hashed(spec: Any) -> int:
+        meta = spec.tensor_meta
+        return hash((spec.mesh, spec.placements, None if meta is None else (len(meta.shape), meta.dtype)))
+
+    with patch.object(DTensorSpec, "_hash_impl", hashed):
+        yield
 
 
 def hint_of_symbol(size: torch.SymInt, symbol: sympy.Symbol) -> int:

@@ -26,7 +26,7 @@ from torch import fx
 
 from sp_compile import ops
 from sp_compile.capture import TOKEN_INPUTS
-from sp_compile.collectives import PRODUCTS, multiplications
+from sp_compile.collectives import PRODUCTS, is_start, is_wait, multiplications
 from sp_compile.placements import Gathered, Replicate, Shard
 from sp_compile.program import Program, insert_redistribute, placement
 from sp_compile.rules import NoRule
@@ -116,7 +116,7 @@ class Cuts:
 
     def _bytes(self, node: fx.Node, of: str) -> float:
         """Of one token, where the node's rows can be gathered."""
-        if _is_text(node):
+        if _is_text(node) or is_start(node):
             return math.inf
         if (node, of) in self.made or _known(node):
             return 0
@@ -129,6 +129,8 @@ class Cuts:
         """Bytes that could cross in the time in which one token of the node is computed anew."""
         if node.target is getitem:
             return 0
+        if is_start(node) or is_wait(node):  # between ranks of tensor parallelism
+            return math.inf
         inputs = {each: placement(each) for each in node.all_input_nodes if is_tensor(each)}
         others = [each for each, held in inputs.items() if not isinstance(held, Replicate) and each not in way]
         elements = self._per_token(node)

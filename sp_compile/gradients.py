@@ -4,6 +4,10 @@ The gradient of a value that every rank has whole is kept as a sum over ranks: e
 what it computed itself. So the gradient of an all-gather is a reduce-scatter and that of a sum over ranks is one too,
 whatever is done with the result. Outputs are where a gradient enters, the same on every rank: each takes its share of
 it, or its own rows of it where the output was only gathered. Weights are where it leaves: there the parts are summed.
+
+Ranks of tensor parallelism, that have shards of weights, are others, and each has whole gradients of what all of them
+have: what they compute shards from gets the sum of their gradients, and what sums shards hands its gradient on
+(arXiv:1909.08053, figure 3).
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from torch import fx
 from torch.autograd import Function
 
 from sp_compile import ops
+from sp_compile.compat import process_group
 
 aten = torch.ops.aten
 c10d = torch.ops._c10d_functional
@@ -106,6 +111,41 @@ class _Exchange(Function):
         return own, None, None, None, None, None
 
 
+class _SumShards(Function):
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor, op: str, group: str) -> torch.Tensor:
+        summed: torch.Tensor = c10d.all_reduce(value, op, group)
+        return summed
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return grad, None, None
+
+
+class _StackShards(Function):
+    @staticmethod
+    def forward(ctx: Any, shard: torch.Tensor, ranks: int, group: str) -> torch.Tensor:
+        ctx.rows, ctx.group = shard.shape[0], group
+        stacked: torch.Tensor = c10d.all_gather_into_tensor(shard, ranks, group)
+        return stacked
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        place = process_group(ctx.group).rank()
+        return grad.narrow(0, place * ctx.rows, ctx.rows), None, None
+
+
+class _ReadByShards(Function):
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor, group: str) -> torch.Tensor:
+        ctx.group = group
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return _done(c10d.all_reduce(grad.contiguous(), "sum", ctx.group)), None
+
+
 class _Wait(Function):
     @staticmethod
     def forward(ctx: Any, started: torch.Tensor) -> torch.Tensor:
@@ -174,6 +214,21 @@ def begin_sum(group: str, *weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
 def end_sums(*weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """All weights; their sums are waited for at the end of the backward."""
     return _Summed.apply(*weights)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def sum_shards(value: torch.Tensor, op: str, group: str) -> torch.Tensor:
+    """Begin to sum over ranks of tensor parallelism; each of them gets the whole gradient."""
+    return _SumShards.apply(value, op, group)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def stack_shards(shard: torch.Tensor, ranks: int, group: str) -> torch.Tensor:
+    """Begin to stack shards along dim 0; each rank of tensor parallelism takes the gradient of its own."""
+    return _StackShards.apply(shard, ranks, group)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def read_by_shards(value: torch.Tensor, group: str) -> torch.Tensor:
+    """A value of all ranks of tensor parallelism that each computes its shard from: its gradients are summed."""
+    return _ReadByShards.apply(value, group)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def all_gather(rows: torch.Tensor, ranks: int, group: str) -> torch.Tensor:

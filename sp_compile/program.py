@@ -115,6 +115,12 @@ class Program:
         """Whether losses are computed row by row: for ranks to have their own, or for logits that are dropped."""
         return self.parallel or self.outputs == "loss"
 
+    @property
+    def tensor_groups(self) -> set[str]:
+        """Groups of ranks that weights are cut over, by ``torch.distributed.tensor.parallel``."""
+        found = (each.meta.get("tensor_group") for each in self.graph.find_nodes(op="placeholder"))
+        return {each for each in found if each is not None}
+
     def length_input(self) -> fx.Node | None:
         """The placeholder that is the global token length."""
         return length_input(self.graph, self.tokens)
@@ -244,7 +250,8 @@ def _argument_text(value: Any) -> str:
 def _group_names(program: Program) -> dict[str, str]:
     """What the process groups are to a rank: their names may differ from rank to rank."""
     nodes = program.nodes
-    return {} if nodes is None else {repr(nodes.inner): "the node", repr(nodes.outer): "its peers"}
+    found = {} if nodes is None else {repr(nodes.inner): "the node", repr(nodes.outer): "its peers"}
+    return found | {repr(each): "tensor parallel" for each in program.tensor_groups}
 
 
 def lines(program: Program) -> Iterator[str]:

@@ -47,7 +47,7 @@ from sp_compile.passes.shard_attention import ShardAttention
 from sp_compile.pipeline import Pass, PassStep, build_pipeline, run_pipeline
 from sp_compile.program import Program
 from sp_compile.report import Report
-from sp_compile.training import check_labels, check_weights, fresh_seed
+from sp_compile.training import check_labels, check_sums, check_weights, fresh_seed
 
 ISOLATE = "isolate_requests"
 HIDDEN_SIZE = 4096  # where the model does not tell
@@ -294,6 +294,7 @@ class ParallelModule(nn.Module):
         """Compare what is trained with other ranks', at first and whenever there are other parameters."""
         trained = [each for each in self.module.parameters() if each.requires_grad]
         if self._trained is None or [*map(id, trained)] != [*map(id, self._trained)]:
+            check_sums(self.module)
             check_weights(self.module, self.group)
             self._trained = trained  # alive, so that no other gets the id of one of them
 
@@ -390,8 +391,8 @@ class ParallelModule(nn.Module):
         )
         self._compiled.append(compiled)
 
-        def run(*inputs: Any) -> Any:
-            step = self._step
+        def run(*given: Any) -> Any:
+            step, inputs = self._step, captured.inputs(given)
             assert step is not None, "graphs run only inside forward"
             compiled.remember(inputs, self._explained)
             compiled.check_apart(step)

@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch import nn
 
 from sp_compile import fingerprint
-from sp_compile.errors import BatchError
+from sp_compile.dynamo.shards import local_value
+from sp_compile.errors import BatchError, UnsupportedModelError
 from sp_compile.mesh import Group
 
 
@@ -33,7 +34,22 @@ def check_weights(module: nn.Module, group: Group) -> None:
     with fingerprint.agreement(group) as fields:
         for name, each in module.named_parameters():
             frozen = "" if each.requires_grad else ", frozen"
-            fields[f"the parameter {name}"] = f"{list(each.shape)} {each.dtype}{frozen} {fingerprint.content(each)}"
+            content = fingerprint.content(local_value(each))
+            fields[f"the parameter {name}"] = f"{list(each.shape)} {each.dtype}{frozen} {content}"
+
+
+def check_sums(module: nn.Module) -> None:
+    """Check that nobody else sums gradients over ranks of tensor parallelism.
+
+    Raises:
+        UnsupportedModelError: transformers does.
+    """
+    for name, each in module.named_modules():
+        if getattr(each.__dict__.get("forward"), "__qualname__", "").startswith("ReplicatedWithGradAllReduce."):
+            raise UnsupportedModelError(
+                f"transformers sums the gradients of {name} over tensor parallel ranks, which sp_compile does; take "
+                "replicated_with_grad_allreduce out of the plan"
+            )
 
 
 def check_labels(named: Mapping[str, torch.Tensor], tokens: torch.Tensor) -> None:

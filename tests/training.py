@@ -20,6 +20,7 @@ LATENTS = {"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_
            "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}  # fmt: skip
 MODELS: dict[str, dict[str, Any]] = {
     "Llama": {},
+    "Qwen3": {"head_dim": 16},
     "Qwen3Moe": {**EXPERTS, "output_router_logits": True, "head_dim": 16},
     "Gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8},
     "GPT2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},

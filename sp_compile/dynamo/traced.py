@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from sp_compile.capture import graph_break, is_specialised
+from sp_compile.compat import hashable_dtensors
 from sp_compile.errors import CaptureError, SPCompileError
 from sp_compile.inputs import mark_token_dims
 
@@ -41,6 +44,8 @@ class Traced:
         self._module = module
         self._run = torch.compile(module, backend=backend, fullgraph=True)
         self._static: set[Any] = set()  # how calls look whose length is fixed
+        in_shards = any(isinstance(each, DTensor) for each in module.parameters())
+        self._hashing: Callable[[], AbstractContextManager[None]] = hashable_dtensors if in_shards else nullcontext
 
     def __call__(self, args: Sequence[Any], kwargs: Mapping[str, Any], length: int, gradients: bool) -> Any:
         """The model's outputs for inputs of so many tokens; with ``gradients``, torch records what is computed.
@@ -67,6 +72,7 @@ class Traced:
             with (
                 torch.set_grad_enabled(gradients),
                 torch._dynamo.config.patch(DYNAMO | {"ignore_logging_functions": _ignored()}),
+                self._hashing(),
             ):
                 return self._run(*args, **kwargs)
         except torch._dynamo.exc.BackendCompilerFailed as error:
@@ -75,3 +81,8 @@ class Traced:
             raise
         except torch._dynamo.exc.Unsupported as error:
             raise CaptureError(graph_break(self._module, error)) from error
+        except torch._dynamo.exc.TorchRuntimeError as error:
+            if self._hashing is nullcontext:  # no DTensors
+                raise
+            hint = "torch cannot run it on DTensors; modules are to take and return local tensors of all tokens"
+            raise CaptureError(f"{graph_break(self._module, error)}; {hint}") from error

@@ -33,6 +33,9 @@ RULES: dict[str, Rule] = _table(
         pointwise.keeps_rows: "aten::clone aten::alias aten::detach aten::_to_copy aten::to aten::contiguous "
         "aten::lift_fresh_copy",
         pointwise.like_first: "aten::type_as",
+        # between ranks of tensor parallelism
+        pointwise.over_ranks: "_c10d_functional::all_reduce _c10d_functional::wait_tensor "
+        "_c10d_functional::all_gather_into_tensor",
         pointwise.floor_divide: "aten::floor_divide",
         # dims
         views.view: "aten::view aten::_unsafe_view aten::reshape aten::flatten aten::unflatten",

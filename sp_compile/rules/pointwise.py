@@ -25,6 +25,14 @@ def keeps_rows(call: Call) -> Outcome:
     return Outcome(placement if isinstance(placement, RankLocal) else only_input(call, source))
 
 
+def over_ranks(call: Call) -> Outcome:
+    """A sum over ranks of tensor parallelism, or their shards stacked along dim 0, which is not that of the tokens."""
+    placement = only_input(call, call.node.args[0])
+    if placement.dim == 0 and "all_gather" in str(call.node.target):
+        raise NoRule("shards are stacked along the token dim")
+    return Outcome(placement)
+
+
 def floor_divide(call: Call) -> Outcome:
     """Row numbers divided by the rows per token number tokens; anything else is pointwise."""
     rows, divisor = call.node.args[0], call.node.args[1]

@@ -1,0 +1,54 @@
+"""Models that tensor parallelism has cut over tp run over sp besides, as one rank runs them whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.cut import cut, cut_step, llama_step, padded_batch, twice_summed, what_is_refused
+from tests.test_training import EXACT, ROUNDED
+from tests.training import apart, batch_of, built, plain_step, stepped
+
+
+@pytest.mark.parametrize(
+    ("fsdp", "config"),
+    [
+        (False, {}),
+        (False, {"attention": "ring", "keep_gathered": False}),
+        (False, {"attention": "ulysses"}),
+        (True, {}),
+        pytest.param(False, {"codegen": "inductor"}, marks=pytest.mark.slow),
+    ],
+)
+def test_gradients_are_those_of_the_whole_model(ranks, fsdp: bool, config: dict[str, Any]):
+    expected = plain_step(cut(), padded_batch())
+    for found in ranks(4).run(cut_step, fsdp, timeout=900, **config):
+        assert apart(found, expected) <= EXACT
+
+
+@pytest.mark.parametrize(("name", "plan"), [("Llama", "whole"), ("Qwen3", "whole"), ("Llama", "attention only")])
+def test_models_of_transformers_train_and_generate(ranks, name: str, plan: str):
+    model: Any = built(name, torch.float64)
+    expected = stepped(model, batch_of())
+    tokens = model.eval().generate(batch_of()["input_ids"], max_new_tokens=4, do_sample=False)
+    for found, generated, report in ranks(4).run(llama_step, name, plan, timeout=300):
+        assert apart(found, expected) <= ROUNDED
+        assert generated == tokens[0].tolist()
+        assert "0 fallbacks" in report
+
+
+def test_what_has_no_local_form_is_refused_by_name(ranks):
+    for norms, inside, logits, spread in ranks(4).run(what_is_refused):
+        assert logits.startswith("CaptureError: the loss is computed from a part of the logits")
+        assert norms.startswith("CaptureError: ")
+        assert "local tensors of all tokens" in norms
+        assert inside.startswith("CaptureError: ")
+        assert "let modules return local tensors" in inside
+        assert "fully_shard goes around what parallelize returns" in spread
+
+
+def test_gradients_are_not_summed_twice(ranks):
+    for found in ranks(4).run(twice_summed):
+        assert "take replicated_with_grad_allreduce out" in found
