@@ -18,7 +18,7 @@ pytest.importorskip("transformers")
 
 SIZES = [
     (2, "zigzag"),
-    (2, "contiguous"),
+    pytest.param(2, "contiguous", marks=pytest.mark.slow),
     (3, "zigzag"),
     pytest.param(4, "contiguous", marks=pytest.mark.slow),
     pytest.param(8, "zigzag", marks=pytest.mark.slow),

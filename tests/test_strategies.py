@@ -126,7 +126,7 @@ def test_bytes_of_a_layer_are_those_of_the_formula(case: str):
     assert layers == [4 * report.shard_length * bytes_of_token] * 2
 
 
-@pytest.mark.parametrize("strategy", ["allgather_kv", "ring"])
+@pytest.mark.parametrize("strategy", [pytest.param("allgather_kv", marks=pytest.mark.slow), "ring"])
 def test_keys_expanded_from_latents_that_crossed_are_right(ranks, strategy: str):
     found = ranks(3).run(ran, "deepseek_v3", MIXES[:2], attention=strategy, **LATENTS)
     for each in found:
@@ -176,7 +176,7 @@ def of_sums(strategy: str) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("strategy", ["allgather_kv", "fetch", "ulysses"])
+@pytest.mark.parametrize("strategy", ["allgather_kv", pytest.param("fetch", marks=pytest.mark.slow), "ulysses"])
 def test_queries_and_keys_that_every_rank_has_whole(ranks, strategy: str):
     for found in ranks(2).run(of_sums, strategy):
         assert max(found) <= 1e-5

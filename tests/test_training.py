@@ -73,7 +73,11 @@ def test_every_strategy_is_exact(ranks, sp: int, config: dict[str, Any]):
 
 @pytest.mark.parametrize(
     ("kind", "strategy"),
-    [("smoothed", "fetch"), *(("biased", each) for each in ("allgather_kv", "fetch", "ring", "ulysses"))],
+    [
+        ("smoothed", "fetch"),
+        *(("biased", each) for each in ("allgather_kv", "ring", "ulysses")),
+        pytest.param("biased", "fetch", marks=pytest.mark.slow),
+    ],
 )
 def test_biases_that_attention_learns_and_losses_of_a_model_s_own_are_exact(ranks, kind: str, strategy: str):
     """A table of relative distances for each head, and slopes that a row's own features set; a z-loss."""
