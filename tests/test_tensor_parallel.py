@@ -16,7 +16,7 @@ from tests.training import apart, batch_of, built, plain_step, stepped
     ("fsdp", "config"),
     [
         (False, {}),
-        (False, {"attention": "ring", "keep_gathered": False}),
+        pytest.param(False, {"attention": "ring", "keep_gathered": False}, marks=pytest.mark.slow),
         (False, {"attention": "ulysses"}),
         (True, {}),
         pytest.param(False, {"codegen": "inductor"}, marks=pytest.mark.slow),
@@ -28,7 +28,14 @@ def test_gradients_are_those_of_the_whole_model(ranks, fsdp: bool, config: dict[
         assert apart(found, expected) <= EXACT
 
 
-@pytest.mark.parametrize(("name", "plan"), [("Llama", "whole"), ("Qwen3", "whole"), ("Llama", "attention only")])
+@pytest.mark.parametrize(
+    ("name", "plan"),
+    [
+        ("Qwen3", "whole"),
+        pytest.param("Llama", "whole", marks=pytest.mark.slow),
+        pytest.param("Llama", "attention only", marks=pytest.mark.slow),
+    ],
+)
 def test_models_of_transformers_train_and_generate(ranks, name: str, plan: str):
     model: Any = built(name, torch.float64)
     expected = stepped(model, batch_of())

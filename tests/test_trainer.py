@@ -81,7 +81,8 @@ def trainer_of(folder: str, kind: type | None = None, model: Any = None, **optio
         model, kind = sp_compile.parallelize(model, codegen="eager"), kind or sp_compile.Trainer
     chosen: dict[str, Any] = {
         "max_steps": 4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": 1e-2,
-        "weight_decay": 0.3, "adam_epsilon": 1e-3, "max_grad_norm": 0.5, "logging_steps": 1, "save_steps": 2, "per_device_eval_batch_size": 2,
+        "weight_decay": 0.3, "adam_epsilon": 1e-3, "max_grad_norm": 0.5, "logging_steps": 1, "save_steps": 2,
+        "per_device_eval_batch_size": 2,
         "report_to": [], "use_cpu": True, "disable_tqdm": True, "eval_strategy": "steps", "eval_steps": 2,
     }  # fmt: skip
     arguments = transformers.TrainingArguments(folder, **{**chosen, **options})
