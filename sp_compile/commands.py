@@ -5,18 +5,21 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from sp_compile import __version__, display
+from sp_compile.calibration import calibrated
 from sp_compile.config import load_config, show_config
 from sp_compile.errors import ConfigError
 from sp_compile.files import check_target, written_whole
 from sp_compile.generation_job import GenerationResult, run_generation
-from sp_compile.job import JobResult, explain_job, run_job
+from sp_compile.hardware import load_hardware, write_hardware
+from sp_compile.job import JobResult, explain_job, run_job, work_of_job
 from sp_compile.pipeline import registered_passes
+from sp_compile.planning import Planner, check_dtype, rank_counts
 from sp_compile.plots import draw
 from sp_compile.sweep import DONE, Results, load_sweep, pandas_module, run_sweep, write_table
 
@@ -137,17 +140,60 @@ def plot(
     folder: Annotated[Path | None, typer.Option("--out", help="Where to; beside the results by default.")] = None,
 ) -> None:
     """Draw speed-up, bytes, balance and memory of a sweep, as PNG and SVG."""
-    if not results.is_file():
-        raise ConfigError(f"there is no file {str(results)!r}")
     beside = results.with_name(f"{results.stem}-plots")
-    for each in draw(Results(results).read(), folder or beside):
+    for each in draw(_results(results), folder or beside):
         typer.echo(str(each))
+
+
+@app.command()
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    ranks: Annotated[str, typer.Option(help="Numbers of ranks.")] = "8,64,1024",
+    hardware: Annotated[
+        str, typer.Option("--gpu", "--hardware", help="h100, h200, b200, or a YAML file with rates.")
+    ] = "h100",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all meshes and strategies here.")] = None,
+) -> None:
+    """Predict prefill, decoding and training on ranks that are not at hand, and the best mesh for each."""
+    job, machine, counts = load_config(config, overrides or []), load_hardware(hardware), rank_counts(ranks)
+    check_dtype(job.model.dtype, machine)
+    if json_file is not None:
+        check_target(json_file)
+    with display.progress("capturing the model and counting what it computes"):
+        work, lengths = work_of_job(job)
+    planner = Planner(work, machine, job.compile.scheme, keep_gathered=job.compile.keep_gathered)
+    found = {count: planner.plans(lengths, count) for count in counts}
+    display.show_plans(found, work, lengths, machine, Console())
+    if json_file is not None:
+        everything = [dataclasses.asdict(each) for of_ranks in found.values() for each in of_ranks]
+        with written_whole(json_file) as part:
+            content = {"hardware": dataclasses.asdict(machine), "lengths": lengths, "plans": everything}
+            part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+@app.command()
+def calibrate(
+    results: Annotated[Path, typer.Argument(metavar="RESULTS", help="What sp-compile sweep wrote, of jobs on a CPU.")],
+    out: Annotated[Path, typer.Option(help="Where to write the rates, for plan --hardware.")] = Path("here.yaml"),
+) -> None:
+    """Read this machine's rates off half of a sweep's jobs, and compare predictions with all that were measured."""
+    check_target(out)
+    hardware, compared = calibrated(_results(results))
+    write_hardware(hardware, out)
+    display.show_compared(hardware, compared, Console())
 
 
 @app.command()
 def passes() -> None:
     """List the passes with their options."""
     display.show_passes(registered_passes(), Console())
+
+
+def _results(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        raise ConfigError(f"there is no file {str(path)!r}")
+    return Results(path).read()
 
 
 def write_json(result: JobResult | GenerationResult, target: Path) -> None:

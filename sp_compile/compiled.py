@@ -24,6 +24,7 @@ from sp_compile.report import Report, make_report
 from sp_compile.requests import request_inputs
 from sp_compile.strategies import Site, applicable
 from sp_compile.strategies.base import Made, unmoved
+from sp_compile.work import Work, work_of
 
 
 class Kind(NamedTuple):
@@ -299,6 +300,11 @@ class Compiled:
             rows = rows[step.index_inputs["new_rows"].cpu().numpy()]
         sizes = variant.sizes(step, self._inputs)
         return make_report(variant.program, variant.steps, step.layout, rows, sizes)
+
+    def work(self, step: Step) -> Work:
+        """What the graph computes for a token."""
+        analysis = self._analysis(step.isolated)
+        return work_of(analysis.program, analysis.attentions(step.counted), step.apart)
 
     def _prepared(self, step: Step) -> tuple[Variant, Step]:
         """The program for a step, and the step with all that it needs."""

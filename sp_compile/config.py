@@ -43,6 +43,8 @@ class _Checked:
                 raise ConfigError(f"{name}={value!r} is no rate; pass a number above 0")
             if name in AT_LEAST_1 and value is not None and value < 1:
                 raise ConfigError(f"{name}={value!r} is too small; pass at least 1")
+            if name == "lengths" and value is not None and (not value or min(value) < 1):
+                raise ConfigError(f"lengths={value!r} is no batch; pass a length of at least 1 for each request")
 
 
 @dataclass
@@ -121,16 +123,18 @@ class ModelConfig(_Checked):
 
 @dataclass
 class RequestsConfig(_Checked):
-    """The requests of the batch, read from text files.
+    """The requests of the batch, read from text files or drawn.
 
     Attributes:
         files: paths or glob patterns; the text that ships with sp_compile when null.
+        lengths: instead of texts, random tokens, so many of each request.
         split: one request per ``passages`` (parts between blank lines), ``lines`` or ``files``.
         max_requests: use only the first so many.
         max_tokens: cut each request after so many tokens.
     """
 
     files: list[str] | None = None
+    lengths: list[int] | None = None
     split: str = "passages"
     max_requests: int | None = None
     max_tokens: int | None = None

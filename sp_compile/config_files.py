@@ -27,17 +27,21 @@ class Part(NamedTuple):
     content: dict[str, Any]
 
 
-def read_parts(source: str | Path) -> list[Part]:
+def read_parts(source: str | Path, kind: str = "") -> list[Part]:
     """A file behind those that it includes.
+
+    Args:
+        source: a path, or the name of a file that ships.
+        kind: the folder of those that ship.
 
     Raises:
         ConfigError: no such file, no valid YAML, or files that include one another.
     """
-    return list(_read(str(source), Path(), ()))
+    return list(_read(str(source), Path(), (), kind))
 
 
-def _read(name: str, folder: Path, readers: tuple[str, ...]) -> Iterator[Part]:
-    path, text = _find(name, folder, readers)
+def _read(name: str, folder: Path, readers: tuple[str, ...], kind: str) -> Iterator[Part]:
+    path, text = _find(name, folder, readers, kind)
     if path.resolve() in [Path(each).resolve() for each in readers]:
         raise ConfigError(f"{' includes '.join((*readers, str(path)))}: files include one another in a circle")
     content = _mapping(text, str(path))
@@ -45,11 +49,11 @@ def _read(name: str, folder: Path, readers: tuple[str, ...]) -> Iterator[Part]:
     if not isinstance(includes, list) or not all(isinstance(each, str) for each in includes):
         raise ConfigError(f"{path}: {INCLUDES} is {includes!r}; expected a list of files to read first")
     for each in includes:
-        yield from _read(each, path.parent, (*readers, str(path)))
+        yield from _read(each, path.parent, (*readers, str(path)), kind)
     yield Part(str(path), content)
 
 
-def _find(name: str, folder: Path, readers: Sequence[str]) -> tuple[Path, str]:
+def _find(name: str, folder: Path, readers: Sequence[str], kind: str) -> tuple[Path, str]:
     """The path of a file, or the name of one that ships, and its text."""
     for path in (folder / name, folder / f"{name}.yaml"):
         try:
@@ -59,14 +63,15 @@ def _find(name: str, folder: Path, readers: Sequence[str]) -> tuple[Path, str]:
             raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
         except UnicodeDecodeError as error:
             raise ConfigError(f"{path} cannot be read: it is no text in UTF-8") from error
-    shipped = {each.name: each for each in resources.files("sp_compile.configs").iterdir() if ".yaml" in each.name}
-    asked = Path(name)
+    home = resources.files("sp_compile.configs").joinpath(kind)
+    shipped = {each.name: each for each in home.iterdir() if ".yaml" in each.name}
+    asked, own = Path(name), Path("configs", kind)
     file = asked.name if asked.suffix else f"{asked.name}.yaml"
-    if file not in shipped or asked.parent not in (Path(), Path("configs")):
+    if file not in shipped or asked.parent not in (Path(), own):
         reader = f", which {readers[-1]} includes" if readers else ""
         hint = nearest(file, shipped)
         raise ConfigError(f"there is no file {name!r}{reader}, and none of that name ships with sp_compile{hint}")
-    return Path("configs", file), shipped[file].read_text(encoding="utf-8")
+    return own / file, shipped[file].read_text(encoding="utf-8")
 
 
 def _mapping(text: str, name: str) -> dict[str, Any]:

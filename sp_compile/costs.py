@@ -35,6 +35,7 @@ class Rates:
         memory: bytes per second that a rank reads or writes.
         hidden: share of a transfer that computation can hide; processors that also carry the bytes hide nothing.
         part: seconds that a part of the scores takes besides its pairs, where each is a call of a kernel.
+        between: bytes per second that reach a rank from other nodes, where there are any; None for ``link``.
     """
 
     link: float
@@ -43,6 +44,7 @@ class Rates:
     memory: float
     hidden: float
     part: float
+    between: float | None = None
 
     @property
     def operations_per_byte(self) -> float:
@@ -118,34 +120,56 @@ class _Case:
     rates: Rates
     nodes: Nodes | None
 
+    def alone(self) -> float:
+        return self._computed()
+
     def all_gathered(self) -> float:
-        return self._computed() + self._sent(self._others(self.layout.sp) * self.attention.crossing)
+        return self._computed() + self._sent(self.bytes_gathered(), self._link(shared=True))
 
     def fetched(self) -> float:
-        return self._computed() + self._sent(self._received() * self.attention.crossing)
+        return self._computed() + self._sent(self.bytes_fetched(), self._link())
 
     def ringed(self) -> float:
         stages = len(needs.ring_stages(self.layout.sp))
-        bytes_in, computed = self._received() * self.attention.crossing, self._computed()
-        travels, copied = bytes_in / self.rates.link, COPIES * bytes_in / self.rates.memory
+        bytes_in, computed = self.bytes_fetched(), self._computed()
+        travels, copied = bytes_in / self._link(), COPIES * bytes_in / self.rates.memory
         exposed = travels - min(self.rates.hidden * travels, computed * stages / (stages + 1))
         outputs = self.layout.shard_length * self.attention.heads * self.attention.dims / 2 * WIDE
         merged = stages * 4 * outputs / self.rates.memory  # both read, one written, each a little
         return computed + copied + exposed + merged + stages * self.rates.latency
 
     def spread(self) -> float:
-        lists = self._lists(self.layout.sp)
         everyone = range(self.layout.sp)
-        return self._by_heads(everyone, lists) + self._exchanged(lists, self.layout.sp)
+        sent = self._sent(self.bytes_spread(), self._link()) + self.rates.latency  # there and back
+        return self._by_heads(everyone, self._lists(self.layout.sp)) + sent
 
     def spread_in_nodes(self) -> float:
         assert self.nodes is not None
         lists, size = self._lists(self.nodes.size), self.nodes.size
-        across = (self.layout.sp // size - 1) * size * self.layout.shard_length
-        keys = across * len(lists.keys[0]) * self.attention.dims * self.attention.itemsize
         of_node = (range(first, first + size) for first in range(0, self.layout.sp, size))
         busiest = max(self._by_heads(each, lists) for each in of_node)
-        return busiest + self._exchanged(lists, size) + self._sent(keys)
+        there_and_back = self._sent(self._exchanged(lists, size), self.rates.link) + self.rates.latency
+        return busiest + there_and_back + self._sent(self._keys_of_peers(), self.rates.between or self.rates.link)
+
+    def bytes_gathered(self) -> float:
+        return self._others(self.layout.sp) * self.attention.crossing
+
+    def bytes_fetched(self) -> float:
+        return needs.received(self.layout, self.attention.reach, self.apart) * self.attention.crossing
+
+    def bytes_spread(self) -> float:
+        return self._exchanged(self._lists(self.layout.sp), self.layout.sp)
+
+    def bytes_spread_in_nodes(self) -> float:
+        assert self.nodes is not None
+        return self._exchanged(self._lists(self.nodes.size), self.nodes.size) + self._keys_of_peers()
+
+    def _keys_of_peers(self) -> float:
+        """Keys and values of other nodes, for the heads of one rank."""
+        assert self.nodes is not None
+        size = self.nodes.size
+        rows = (self.layout.sp // size - 1) * size * self.layout.shard_length
+        return rows * len(self._lists(size).keys[0]) * self.attention.dims * self.attention.itemsize
 
     def _lists(self, ranks: int) -> HeadLists:
         return head_lists(self.attention.heads, self.attention.kv_heads, ranks)
@@ -153,8 +177,7 @@ class _Case:
     def _exchanged(self, lists: HeadLists, ranks: int) -> float:
         """Heads there, outputs back."""
         heads = len(lists.queries[0]) + len(lists.keys[0])
-        there_and_back = self._others(ranks) * heads * self.attention.dims * self.attention.itemsize
-        return self._sent(there_and_back) + self.rates.latency
+        return float(self._others(ranks) * heads * self.attention.dims * self.attention.itemsize)
 
     def _computed(self) -> float:
         """By the rank that is busiest, for all heads."""
@@ -162,45 +185,66 @@ class _Case:
 
     def _by_heads(self, ranks: Iterable[int], lists: HeadLists) -> float:
         """The queries of these ranks, for the heads of one."""
-        return sum(self._seconds_of_queries(len(lists.queries[0]))[rank] for rank in ranks)
+        seconds = self._seconds_of_queries(len(lists.queries[0]))
+        return sum(seconds[rank] for rank in ranks)
 
     def _seconds_of_queries(self, heads: int | None = None) -> list[float]:
         """Of each rank's, for so many heads, or all."""
         batch = self.layout, self.attention.reach, self.apart
         of_pair = 2.0 * (heads or self.attention.heads) * self.attention.dims / self.rates.compute
-        both = zip(needs.seen_pairs(*batch), needs.seen_parts(*batch), strict=True)
-        return [pairs * of_pair + parts * self.rates.part for pairs, parts in both]
+        seconds = [pairs * of_pair for pairs in needs.seen_pairs(*batch)]
+        if not self.rates.part:
+            return seconds
+        parts = needs.seen_parts(*batch)
+        return [each + count * self.rates.part for each, count in zip(seconds, parts, strict=True)]
 
     def _others(self, ranks: int) -> int:
         return (ranks - 1) * self.layout.shard_length
 
-    def _received(self) -> int:
-        return needs.received(self.layout, self.attention.reach, self.apart)
+    def _link(self, shared: bool = False) -> float:
+        """Bytes per second that reach a rank from all others; ``shared`` comes once to each node, by all its links."""
+        inside, between, sp = self.rates.link, self.rates.between, self.layout.sp
+        if between is None or self.nodes is None or sp <= self.nodes.size:
+            return inside
+        if shared:
+            return min(inside, between * self.nodes.size)
+        abroad = (sp - self.nodes.size) / (sp - 1)
+        return 1 / (abroad / between + (1 - abroad) / inside)
 
-    def _sent(self, bytes_in: float) -> float:
-        return bytes_in / self.rates.link + COPIES * bytes_in / self.rates.memory + self.rates.latency
+    def _sent(self, bytes_in: float, link: float) -> float:
+        return bytes_in / link + COPIES * bytes_in / self.rates.memory + self.rates.latency
 
 
-PREDICTED: dict[str, Callable[[_Case], float]] = {
-    "allgather_kv": _Case.all_gathered,
-    "fetch": _Case.fetched,
-    "ring": _Case.ringed,
-    "ulysses": _Case.spread,
-    "hybrid": _Case.spread_in_nodes,
+PREDICTED: dict[str, tuple[Callable[[_Case], float], Callable[[_Case], float]]] = {
+    "allgather_kv": (_Case.all_gathered, _Case.bytes_gathered),
+    "fetch": (_Case.fetched, _Case.bytes_fetched),
+    "ring": (_Case.ringed, _Case.bytes_fetched),
+    "ulysses": (_Case.spread, _Case.bytes_spread),
+    "hybrid": (_Case.spread_in_nodes, _Case.bytes_spread_in_nodes),
 }
 
 
-def predicted_seconds(
+class Predicted(NamedTuple):
+    """Seconds of an attention, and bytes that reach the rank which gets most."""
+
+    seconds: float
+    bytes_in: float
+
+
+def predicted(
     layout: TokenLayout, attention: Attention, apart: bool, rates: Rates, nodes: Nodes | None = None
-) -> dict[str, float]:
-    """Seconds of an attention by each strategy that it can run by.
+) -> dict[str, Predicted]:
+    """What an attention takes by each strategy that it can run by, which on one rank is ``local``.
 
     Args:
         apart: no query sees another request.
         nodes: of the ranks, where they are known.
     """
     case = _Case(layout, attention, apart, rates, nodes)
-    return {name: predict(case) for name, predict in PREDICTED.items() if name in attention.applicable}
+    if layout.sp == 1:
+        return {"local": Predicted(case.alone(), 0.0)}
+    able = [name for name in PREDICTED if name in attention.applicable and (nodes or name != "hybrid")]
+    return {name: Predicted(*(each(case) for each in PREDICTED[name])) for name in able}
 
 
 def choose_strategies(
@@ -211,6 +255,6 @@ def choose_strategies(
         return ("local",) * len(attentions)
     best: dict[Attention, str] = {}
     for each in {*attentions}:
-        found = predicted_seconds(layout, each, apart, rates, nodes)
-        best[each] = min(found, key=found.__getitem__)
+        found = predicted(layout, each, apart, rates, nodes)
+        best[each] = min(found, key=lambda name: found[name].seconds)
     return tuple(best[each] for each in attentions)

@@ -13,11 +13,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from sp_compile.calibration import WITHIN, Compared, share_within
 from sp_compile.generation_job import GenerationResult
+from sp_compile.hardware import Hardware
 from sp_compile.job import JobResult
 from sp_compile.pipeline import Pass
+from sp_compile.planning import Prediction, best
 from sp_compile.report import Report
 from sp_compile.sweep import DONE, Point, Show, flat_rows
+from sp_compile.work import Work
 
 COLOURS = {"+": "green", "-": "red", "@": "cyan"}
 
@@ -69,6 +73,48 @@ def show_points(results: Sequence[Mapping[str, Any]], console: Console) -> None:
         if row["error"]:
             where = " ".join(f"{name}={row[name]}" for name in names)
             console.print(f"{where}: {row['error']}", highlight=False, markup=False)
+
+
+def show_plans(
+    plans: Mapping[int, Sequence[Prediction]],
+    work: Work,
+    lengths: Sequence[int],
+    hardware: Hardware,
+    console: Console,
+) -> None:
+    """The best mesh of each kind of work for each number of ranks."""
+    batch = f"{_count(len(lengths), 'request')}, {sum(lengths):,} tokens"
+    amounts = f"{work.operations:.3g} operations and {work.keys:,.0f} bytes of keys and values a token"
+    where = f"{hardware.name}, {hardware.ranks_per_node} to a node"
+    console.print(f"{batch}; {work.parameters:,} parameters, {amounts}; {where}", highlight=False)
+    table = Table()
+    for heading in ("", "ranks", "dp x sp", "layout", "attention by", "seconds", "bytes in", "memory", ""):
+        table.add_column(heading, justify="right" if heading in ("ranks", "seconds", "bytes in", "memory") else "left")
+    for each in best(plans):
+        verdict = Text("", "") if each.fits else Text("more than there is", "bold red")
+        if each.sharded:
+            verdict = Text("fully_shard ").append(verdict)
+        table.add_row(each.kind, str(each.ranks), f"{each.dp} x {each.sp}", each.scheme, each.strategy,
+                      f"{each.seconds:.4g}", _bytes(each.bytes_in), _bytes(each.memory), verdict)  # fmt: skip
+    console.print(table)
+    console.print("prefill: logits of each request's last token; decode: a token of every request; training: a step, "
+                  "of which only the loss is kept. Bytes and memory are those of a rank.", highlight=False)  # fmt: skip
+
+
+def show_compared(hardware: Hardware, compared: Sequence[Compared], console: Console) -> None:
+    """Predictions beside what was measured."""
+    table = Table()
+    for heading in ("sp", "attention by", "tokens", "predicted", "measured", "off by", ""):
+        table.add_column(heading, justify="left" if heading in ("attention by", "") else "right")
+    for each in compared:
+        off = Text(f"{each.error:+.0%}", "" if abs(each.error) <= WITHIN else "yellow")
+        table.add_row(str(each.sp), each.strategy, f"{sum(each.lengths):,}", f"{each.predicted:.3f}",
+                      f"{each.measured:.3f}", off, "rates read off it" if each.used else "")  # fmt: skip
+    console.print(table)
+    others = [each for each in compared if not each.used]
+    console.print(f"within {WITHIN:.0%}: {share_within(compared):.0%} of the {len(others)} points that rates were not "
+                  f"read off; products {hardware.products:.3g}/s, attention {hardware.attention:.3g}/s",
+                  highlight=False)  # fmt: skip
 
 
 def show_result(result: JobResult, console: Console) -> None:

@@ -30,8 +30,12 @@ from sp_compile.measure import (
     versions,
     write_timeline,
 )
+from sp_compile.mesh import pretend
 from sp_compile.report import Report
+from sp_compile.runtime import ParallelModule
+from sp_compile.work import Work
 
+RANKS_OF_NODE = 2  # so that strategies for several nodes are among those that apply
 Show = Callable[[str], AbstractContextManager[Any]]  # announces a step; entered while it runs
 
 
@@ -166,6 +170,13 @@ def explain_job(job: JobConfig) -> Report:
     model, batch = load(job, "meta")
     device = torch.device("cuda") if job.run.device == "cuda" else device_of(job, 0)
     return explain(model, batch, sp=job.run.sp, config=job.compile, device=device)
+
+
+def work_of_job(job: JobConfig) -> tuple[Work, list[int]]:
+    """What the job's model computes for a token, counted without weights and ranks; and its requests' lengths."""
+    model, batch = load(job, "meta")
+    parallel = ParallelModule(model, pretend(2 * RANKS_OF_NODE, RANKS_OF_NODE), job.compile)
+    return parallel.work(batch), list(batch.lengths)
 
 
 def run_rank(job: JobConfig, show: Show = silent) -> JobResult | None:

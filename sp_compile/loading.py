@@ -60,11 +60,27 @@ def read_requests(config: RequestsConfig, model: ModelConfig, limits: Any) -> li
     Raises:
         ConfigError: no such file, no text in it, no tokenizer, or requests that the model does not take.
     """
+    limits = limits.get_text_config() if hasattr(limits, "get_text_config") else limits
+    if config.lengths is not None:
+        return _drawn(config, limits)
     texts = _texts(config)
     encode = _tokenizer(model) if model.path is not None else _bytes
     rows = [encode(text)[: config.max_tokens] for text in texts[: config.max_requests]]
-    _check_rows(rows, limits.get_text_config() if hasattr(limits, "get_text_config") else limits)
+    _check_rows(rows, limits)
     return [torch.tensor(row) for row in rows]
+
+
+def _drawn(config: RequestsConfig, limits: Any) -> list[torch.Tensor]:
+    """Random tokens, the same on every rank."""
+    if config.files is not None:
+        raise ConfigError("requests.files and requests.lengths are both set; leave one of them out")
+    assert config.lengths is not None
+    lengths = [min(each, config.max_tokens or each) for each in config.lengths[: config.max_requests]]
+    for i, length in enumerate(lengths):
+        _check_length(i, length, limits)
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = getattr(limits, "vocab_size", None) or 2
+    return [torch.randint(vocabulary, (each,), generator=generator) for each in lengths]
 
 
 def _transformers() -> Any:
@@ -156,7 +172,6 @@ def _tokenizer(model: ModelConfig) -> Any:
 
 def _check_rows(rows: list[list[int]], limits: Any) -> None:
     vocabulary = getattr(limits, "vocab_size", None)
-    positions = getattr(limits, "max_position_embeddings", None)
     for i, row in enumerate(rows):
         if not row:
             raise ConfigError(f"request {i} has no tokens; the tokenizer drops all of its text")
@@ -165,8 +180,13 @@ def _check_rows(rows: list[list[int]], limits: Any) -> None:
                 f"request {i} holds token id {max(row)}, the model has {vocabulary}; "
                 f"set model.config.vocab_size to {max(row) + 1} or more, or use the tokenizer of the model"
             )
-        if positions is not None and len(row) > positions:
-            raise ConfigError(
-                f"request {i} has {len(row)} tokens, the model takes {positions} (max_position_embeddings); "
-                f"set requests.max_tokens={positions} to cut requests"
-            )
+        _check_length(i, len(row), limits)
+
+
+def _check_length(number: int, length: int, limits: Any) -> None:
+    positions = getattr(limits, "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        raise ConfigError(
+            f"request {number} has {length} tokens, the model takes {positions} (max_position_embeddings); "
+            f"set requests.max_tokens={positions} to cut requests"
+        )

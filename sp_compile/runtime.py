@@ -48,6 +48,7 @@ from sp_compile.pipeline import Pass, PassStep, build_pipeline, run_pipeline
 from sp_compile.program import Program
 from sp_compile.report import Report
 from sp_compile.training import check_labels, check_sums, check_weights, fresh_seed
+from sp_compile.work import Work
 
 ISOLATE = "isolate_requests"
 HIDDEN_SIZE = 4096  # where the model does not tell
@@ -209,14 +210,26 @@ class ParallelModule(nn.Module):
         Raises:
             The errors of :meth:`forward`, but for those about ranks.
         """
+        compiled, step = self._only_captured(batch)
+        return compiled.report(step)
+
+    def work(self, batch: Mapping[str, Any]) -> Work:
+        """Capture the forward of this batch, and count what it computes for a token.
+
+        Raises:
+            The errors of :meth:`forward`, but for those about ranks.
+        """
+        compiled, step = self._only_captured(batch)
+        return compiled.work(step)
+
+    def _only_captured(self, batch: Mapping[str, Any]) -> tuple[Compiled, Step]:
         batch = self.options(batch)
         named, self.layout = self._lay_out((), batch)
         self._explained = batch
         try:
-            step = self._prepare(named, self.layout)
-            self._apart((), batch, step)
+            self._apart((), batch, self._prepare(named, self.layout))
         except _Explained as explained:
-            return explained.compiled.report(explained.step)
+            return explained.compiled, explained.step
         finally:
             self._explained = None
         raise AssertionError("the captured graph ran")

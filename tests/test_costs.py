@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from sp_compile.costs import RATES, Attention, choose_strategies, measured_rates, predicted_seconds, rates_of
+from sp_compile.costs import RATES, Attention, choose_strategies, measured_rates, predicted, rates_of
 from sp_compile.layout import TokenLayout, token_layout
 from sp_compile.mesh import Nodes, single
 from sp_compile.needs import Reach, received
@@ -33,7 +33,7 @@ def test_the_bytes_of_each_strategy_are_those_of_its_formula():
     """Llama-3-8B over 8 ranks, 32,768 tokens, bf16: 117 MB by an all-gather, 73 MB by Ulysses, a layer."""
     layout, each = token_layout([32768], 8, "zigzag"), attention(LONG)
     rates = replace(GPU, compute=1e30, latency=0.0, memory=1e30, hidden=0.0, link=1.0)
-    seconds = predicted_seconds(layout, each, True, rates)
+    seconds = {name: found.seconds for name, found in predicted(layout, each, True, rates).items()}
     assert seconds["allgather_kv"] == pytest.approx(7 / 8 * 32768 * 2 * 8 * 128 * 2, rel=1e-6)
     assert seconds["ulysses"] == pytest.approx(7 / 8 * (32768 / 8) * (2 * 32 + 2 * 8) * 128 * 2, rel=1e-6)
     assert seconds["fetch"] == seconds["ring"] == received(layout, LONG, True) * each.crossing
@@ -42,10 +42,10 @@ def test_the_bytes_of_each_strategy_are_those_of_its_formula():
 def test_what_a_ring_hides():
     layout, each = token_layout([65536], 4, "zigzag"), attention(LONG)
     slow = replace(GPU, link=2e10)
-    by_ring, gathered = (predicted_seconds(layout, each, True, slow)[name] for name in ("ring", "allgather_kv"))
+    by_ring, gathered = (predicted(layout, each, True, slow)[name].seconds for name in ("ring", "allgather_kv"))
     assert by_ring < gathered
     hides_nothing = replace(slow, hidden=0.0)
-    assert predicted_seconds(layout, each, True, hides_nothing)["ring"] > by_ring
+    assert predicted(layout, each, True, hides_nothing)["ring"].seconds > by_ring
 
 
 def test_the_fastest_for_each_attention():
@@ -62,7 +62,8 @@ def test_the_fastest_for_each_attention():
 
 def test_nodes_are_spread_over_where_links_between_them_are_what_counts():
     layout, each = token_layout([32768], 16, "zigzag"), attention(LONG, applicable=(*FREE, "hybrid"))
-    seconds = predicted_seconds(layout, each, True, replace(GPU, link=1e9), Nodes(8, "node", "peers"))
+    found = predicted(layout, each, True, replace(GPU, link=1e9), Nodes(8, "node", "peers"))
+    seconds = {name: each.seconds for name, each in found.items()}
     assert seconds["hybrid"] < seconds["allgather_kv"]
 
 

@@ -1,0 +1,140 @@
+"""Rates of the machine at hand, read off jobs of a sweep, and how well they predict its other jobs.
+
+A predicted time is a sum of amounts (operations, bytes, collectives) over rates. So rates follow from measured times by
+non-negative least squares of the relative errors (Lawson and Hanson, Solving Least Squares Problems, chapter 23).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sp_compile.config import JobConfig, merged_job
+from sp_compile.errors import ConfigError
+from sp_compile.hardware import Hardware
+from sp_compile.job import work_of_job
+from sp_compile.layout import token_layout
+from sp_compile.planning import Planner
+from sp_compile.sweep import DONE
+from sp_compile.work import Work
+
+RATES = ("products", "attention", "memory", "inside")  # amounts over these
+TIMES = ("latency", "part", "layer")  # amounts times these
+FEWEST = 2 * (len(RATES) + len(TIMES))  # points, of which every other one is read off
+WITHIN = 0.2
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A job as predicted and as measured.
+
+    Attributes:
+        point: what sets it apart in its sweep.
+        sp, strategy, lengths: as it ran.
+        predicted, measured: seconds of a forward.
+        used: the rates were read off it.
+    """
+
+    point: Mapping[str, Any]
+    sp: int
+    strategy: str
+    lengths: tuple[int, ...]
+    predicted: float
+    measured: float
+    used: bool
+
+    @property
+    def error(self) -> float:
+        """Of the prediction, relative to what was measured."""
+        return self.predicted / self.measured - 1
+
+
+@dataclass(frozen=True)
+class _Job:
+    point: Mapping[str, Any]
+    config: JobConfig
+    work: Work
+    lengths: tuple[int, ...]
+    seconds: float
+
+    def predicted(self, hardware: Hardware) -> float:
+        sp = self.config.run.sp
+        layout = token_layout(self.lengths, sp, self.config.compile.scheme, min_shard_length=2)
+        planner = Planner(self.work, hardware, whole_outputs=self.config.compile.outputs == "full")
+        strategy = self.config.compile.attention if sp > 1 else "local"
+        return planner.prefill(layout, sp)[strategy][0]
+
+
+def calibrated(results: Sequence[Mapping[str, Any]]) -> tuple[Hardware, list[Compared]]:
+    """The machine of a sweep, read off every other of its points, and all of them compared.
+
+    Args:
+        results: what a sweep of prefill jobs wrote, all on one machine without a GPU.
+
+    Raises:
+        ConfigError: there are too few points, or they are of several machines.
+    """
+    done = [each for each in results if each["status"] == DONE]
+    if len(done) < FEWEST:
+        raise ConfigError(f"{len(done)} points have results; to read rates off takes {FEWEST} or more")
+    machines = {json.dumps(each["result"]["machine"], sort_keys=True) for each in done}
+    dtypes = {each["result"]["config"]["model"]["dtype"] for each in done}
+    if len(machines) > 1 or len(dtypes) > 1:
+        raise ConfigError("the points are of several machines or dtypes; rates are those of one")
+    machine = done[0]["result"]["machine"]
+    if machine["gpus"]:
+        raise ConfigError("rates are read off jobs on a CPU; for GPUs pass a description, such as h100")
+    jobs = _jobs(done)
+    used = jobs[::2]
+    hardware = _fitted(used, machine, dtypes.pop())
+    compared = [
+        Compared(each.point, each.config.run.sp, each.config.compile.attention, each.lengths,
+                 each.predicted(hardware), each.seconds, each in used)
+        for each in jobs
+    ]  # fmt: skip
+    return hardware, compared
+
+
+def share_within(compared: Sequence[Compared], limit: float = WITHIN) -> float:
+    """Of the points that rates were not read off, those whose prediction is no further off than ``limit``."""
+    others = [each for each in compared if not each.used]
+    return sum(abs(each.error) <= limit for each in others) / len(others)
+
+
+def _jobs(done: Sequence[Mapping[str, Any]]) -> list[_Job]:
+    work: dict[str, Work] = {}
+    found = []
+    for each in done:
+        result = each["result"]
+        config = merged_job([result["config"]])
+        key = json.dumps([result["config"]["model"], result["config"]["compile"]["kernel"]], sort_keys=True)
+        if key not in work:
+            work[key], _ = work_of_job(config)
+        found.append(_Job(each["point"], config, work[key], tuple(result["lengths"]), result["forward_seconds"]))
+    return found
+
+
+def _fitted(jobs: Sequence[_Job], machine: Mapping[str, Any], dtype: str) -> Hardware:
+    from scipy.optimize import nnls
+
+    free = Hardware(
+        name=str(machine["cpu"]), dtype=dtype, products=math.inf, attention=math.inf, memory=math.inf,
+        capacity=float(machine["memory_bytes"]), inside=math.inf, between=math.inf, latency=0.0,
+        ranks_per_node=1 << 20, hidden=0.0, part=0.0, layer=0.0, cores=1,
+    )  # fmt: skip
+    measured = np.asarray([each.seconds for each in jobs])
+    units = [dataclasses.replace(free, **{name: 1.0}) for name in (*RATES, *TIMES)]
+    amounts = np.asarray([[each.predicted(unit) for unit in units] for each in jobs]) / measured[:, None]
+    scale = np.maximum(amounts.max(axis=0), np.finfo(float).tiny)
+    found = nnls(amounts / scale, np.ones(len(jobs)))[0] / scale
+    values = {
+        name: float(1 / each) if each else math.inf for name, each in zip(RATES, found[: len(RATES)], strict=True)
+    }
+    values |= {name: float(each) for name, each in zip(TIMES, found[len(RATES) :], strict=True)}
+    return dataclasses.replace(free, **{**values, "between": values["inside"]})
