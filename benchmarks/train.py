@@ -33,10 +33,10 @@ SETUPS = [
 ]
 
 
-def run(kind: str, sp: int, threads: int, folder: str) -> None:
+def run(kind: str, layers: str, sp: int, threads: int, folder: str) -> None:
     """What a process (or each rank of a launch) runs: a step for each order, timed or its memory measured."""
     torch.set_num_threads(threads)
-    model: Any = llama().train()
+    model: Any = llama(int(layers)).train()
     if kind == "compile":
         model = torch.compile(model)
     else:
@@ -55,12 +55,12 @@ def run(kind: str, sp: int, threads: int, folder: str) -> None:
     answer(folder, sp, reply)
 
 
-def measure(rounds: int, lengths: list[int], names: list[str]) -> list[dict[str, Any]]:
-    """Median seconds and peak bytes of these setups at every length."""
+def measure(rounds: int, lengths: list[int], names: list[str], layers: int) -> list[dict[str, Any]]:
+    """Median seconds and peak bytes of these setups at every length, for a model of so many layers."""
     servers = []
     try:
         for setup in (each for each in SETUPS if each.name in names):
-            servers.append(Server(setup.name, __file__, [setup.kind], setup.sp, setup.threads))
+            servers.append(Server(setup.name, __file__, [setup.kind, str(layers)], setup.sp, setup.threads))
             for length in lengths:  # compile before the next is started
                 servers[-1].ask(f"time:{length}")
             print(f"ready: {setup.name}", file=sys.stderr)
@@ -98,16 +98,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="visits of every setup (default 5)")
     parser.add_argument("--tokens", type=int, nargs="*", default=[1024, 4096], help="lengths of the sequence")
+    parser.add_argument("--layers", type=int, default=4, help="of the model (default 4)")
     names = [each.name for each in SETUPS]
     parser.add_argument(
         "--setups", nargs="*", default=names, choices=names, help="ways to run; the first is compared to"
     )
     parser.add_argument("--json", type=Path, help="where to write the figures")
     options = parser.parse_args()
-    rows = measure(options.rounds, options.tokens, options.setups)
+    rows = measure(options.rounds, options.tokens, options.setups, options.layers)
     print(table(rows))
     if options.json is not None:
-        result = {"machine": machine(), "versions": versions(), "rounds": options.rounds, "rows": rows}
+        result = {
+            "machine": machine(),
+            "versions": versions(),
+            "rounds": options.rounds,
+            "layers": options.layers,
+            "rows": rows,
+        }
         write(options.json, json.dumps(result, indent=1) + "\n")
 
 

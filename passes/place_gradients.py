@@ -143,7 +143,7 @@ def _shards(program: Program, group: str) -> None:
     read: dict[fx.Node, fx.Node] = {}
     for node in list(program.graph.nodes):
         if node.op == "placeholder":
-            in_shards |= {node} if node.meta.get("tensor_group") == group else set()
+            in_shards |= {node} if group in node.meta.get("tensor_group", ()) else set()
             recorded |= {node} if node.meta.get("requires_grad") else set()
             continue
         inputs = node.all_input_nodes

@@ -15,7 +15,6 @@ from torch.distributed.tensor import DTensor
 from sp_compile import fingerprint
 from sp_compile import mesh as meshes
 from sp_compile.config import CompileConfig, compile_config
-from sp_compile.costs import rates_of
 from sp_compile.dynamo.shards import local_value
 from sp_compile.errors import UnsupportedModelError
 from sp_compile.inputs import requests_alone
@@ -78,12 +77,12 @@ def explain(
     """Run the pipeline for ``sp`` ranks in one process, without ranks and without running the model.
 
     Args:
-        model: the model; it may live on the meta device.
+        model: the model; it may live on the meta device. In training mode, what is explained is a step of training.
         batch: the inputs as keyword arguments, such as a packed batch.
         sp: number of ranks to pretend.
         config, **overrides: as for :func:`parallelize`.
-        device: the kind of device that the ranks would have, by whose rates strategies are chosen; the model's by
-            default, and a GPU for the meta device.
+        device: the kind of device that the ranks would have, for which strategies and kernels are chosen, ``cuda`` also
+            where there is none; the model's by default, with the rates of a GPU for the meta device.
 
     Raises:
         The errors that :func:`parallelize` and the first forward would raise.
@@ -92,7 +91,7 @@ def explain(
     chosen = compile_config(config, **overrides)
     parallel = ParallelModule(model, meshes.pretend(sp, chosen.ranks_per_node), chosen)
     if device is not None:
-        parallel.rates = rates_of(torch.device(device), chosen.link_rate, chosen.compute_rate)
+        parallel.pretend_device(torch.device(device))
     return parallel.explain(batch)
 
 

@@ -129,7 +129,7 @@ def _fitted(jobs: Sequence[_Job], machine: Mapping[str, Any], dtype: str) -> Har
         ranks_per_node=1 << 20, hidden=0.0, part=0.0, layer=0.0, cores=1,
     )  # fmt: skip
     measured = np.asarray([each.seconds for each in jobs])
-    units = [dataclasses.replace(free, **{name: 1.0}) for name in (*RATES, *TIMES)]
+    units = [_with(free, {name: 1.0}) for name in (*RATES, *TIMES)]
     amounts = np.asarray([[each.predicted(unit) for unit in units] for each in jobs]) / measured[:, None]
     scale = np.maximum(amounts.max(axis=0), np.finfo(float).tiny)
     found = nnls(amounts / scale, np.ones(len(jobs)))[0] / scale
@@ -137,4 +137,8 @@ def _fitted(jobs: Sequence[_Job], machine: Mapping[str, Any], dtype: str) -> Har
         name: float(1 / each) if each else math.inf for name, each in zip(RATES, found[: len(RATES)], strict=True)
     }
     values |= {name: float(each) for name, each in zip(TIMES, found[len(RATES) :], strict=True)}
-    return dataclasses.replace(free, **{**values, "between": values["inside"]})
+    return _with(free, {**values, "between": values["inside"]})
+
+
+def _with(hardware: Hardware, values: Mapping[str, Any]) -> Hardware:
+    return dataclasses.replace(hardware, **values)

@@ -88,7 +88,7 @@ def _traced(gm: fx.GraphModule) -> fx.GraphModule:
     for node, name, value, weight in zip(inputs, names, values, is_weight, strict=True):
         node.meta["weight"] = weight
         if isinstance(value, DTensor) and not value.placements[0].is_replicate():
-            node.meta["tensor_group"] = tensor_group(value)
+            node.meta["tensor_group"] = tensor_group(value), value.device_mesh.size()
         node.meta["requires_grad"] = isinstance(value, torch.Tensor) and value.requires_grad
         if not isinstance(value, torch.Tensor):
             name = "tokens" if isinstance(value, torch.SymInt) else name

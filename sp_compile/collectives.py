@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from sp_compile import gradients, ops
+from sp_compile.program import op_name
 
 aten = torch.ops.aten
 c10d = torch.ops._c10d_functional
@@ -23,8 +24,10 @@ STARTS = {
     c10d.all_reduce.default: "all_reduce",
     EXCHANGE: "exchange",
 }
-PRODUCTS = (aten.linear.default, aten.matmul.default, aten.mm.default, aten.bmm.default, aten.addmm.default,
-            aten._grouped_mm.default)  # fmt: skip
+PRODUCTS = frozenset(
+    {"aten.linear", "aten.matmul", "aten.mm", "aten.bmm", "aten.addmm", "aten._grouped_mm"}
+    | {"transformers.grouped_mm_fallback"}  # where torch's does not run
+)
 ATTENTION = (ops.attention._opoverload, torch.ops.higher_order.flex_attention)
 
 
@@ -40,7 +43,12 @@ def is_wait(node: fx.Node) -> bool:
 
 def is_heavy(node: fx.Node) -> bool:
     """Whether the node does work that a collective can hide behind: products with weights, and attention."""
-    return node.target in PRODUCTS or node.target in ATTENTION
+    return is_product(node) or node.target in ATTENTION
+
+
+def is_product(node: fx.Node) -> bool:
+    """Whether the node is a product, as those with weights are."""
+    return node.op == "call_function" and op_name(node) in PRODUCTS
 
 
 def reading_order(graph: fx.Graph) -> dict[fx.Node, tuple[int, int]]:

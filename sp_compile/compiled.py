@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -20,9 +20,9 @@ from sp_compile.masks import attention_rows
 from sp_compile.pipeline import PassStep, build_pipeline, run_pipeline
 from sp_compile.placements import Shard
 from sp_compile.program import Program, placement
-from sp_compile.report import Report, make_report
+from sp_compile.report import Choice, Report, make_report
 from sp_compile.requests import request_inputs
-from sp_compile.strategies import Site, applicable
+from sp_compile.strategies import Site, applicable, refused
 from sp_compile.strategies.base import Made, unmoved
 from sp_compile.work import Work, work_of
 
@@ -179,6 +179,7 @@ class Analysis:
     names: list[str]
     program: Program
     apart: set[tuple[tuple[int, ...], bool]] = field(default_factory=set)
+    _refused: dict[bool, list[dict[str, str]]] = field(default_factory=dict)
     _attentions: dict[bool, list[costs.Attention]] = field(default_factory=dict)
 
     def attentions(self, counted: bool) -> list[costs.Attention]:
@@ -190,9 +191,15 @@ class Analysis:
         if counted not in self._attentions:
             self.program.counted = counted
             cuts, made = Cuts(self.program, self.program.operations_per_byte), Made()
-            nodes = ops.attention_nodes(self.program.graph)
-            self._attentions[counted] = [_described(Site(self.program, each, made), cuts) for each in nodes]
+            sites = [Site(self.program, each, made) for each in ops.attention_nodes(self.program.graph)]
+            self._attentions[counted] = [_described(each, cuts) for each in sites]
+            self._refused[counted] = [refused(each) for each in sites]
         return self._attentions[counted]
+
+    def refused(self, counted: bool) -> list[dict[str, str]]:
+        """The strategies that each attention cannot run by, and why."""
+        self.attentions(counted)
+        return self._refused[counted]
 
 
 def _described(site: Site, cuts: Cuts) -> costs.Attention:
@@ -217,7 +224,7 @@ class Compiled:
         build: makes the program of a :attr:`Step.kind`, for code that rests on certain sizes.
         agree: makes the program first, in agreement with the other ranks.
         capture: captures the same graph for a number of ranks, to be analysed.
-        choose: the fastest strategies for a layout and whether its requests are apart.
+        predict: what an attention takes by each strategy, for a layout and whether its requests are apart.
         codegen: ``inductor`` or ``eager``.
     """
 
@@ -226,10 +233,10 @@ class Compiled:
         build: Callable[[Kind, Mapping[str, int]], Program],
         agree: Callable[[Kind], tuple[Program, list[PassStep]]],
         capture: Callable[[int], Program],
-        choose: Callable[[TokenLayout, Sequence[costs.Attention], bool], Sequence[str]],
+        predict: Callable[[TokenLayout, costs.Attention, bool], dict[str, costs.Predicted]],
         codegen: str,
     ) -> None:
-        self._build, self._agree, self._capture, self._choose = build, agree, capture, choose
+        self._build, self._agree, self._capture, self._predict = build, agree, capture, predict
         self._codegen = codegen
         self._runs = 0
         self._inputs: Sequence[Any] = ()
@@ -299,7 +306,36 @@ class Compiled:
         if step.cached:
             rows = rows[step.index_inputs["new_rows"].cpu().numpy()]
         sizes = variant.sizes(step, self._inputs)
-        return make_report(variant.program, variant.steps, step.layout, rows, sizes)
+        report = make_report(variant.program, variant.steps, step.layout, rows, sizes)
+        whole = step.cached or step.layout.sp == 1
+        if whole or len(variant.program.ran_by) != len(analysis.attentions(step.counted)):
+            return report
+        formula = self._bytes_by_formula(variant.program, step, analysis)
+        choices = list(self._choices(variant.program, step, analysis))
+        return replace(report, bytes_by_formula=formula, choices=choices)
+
+    def _bytes_by_formula(self, program: Program, step: Step, analysis: Analysis) -> int:
+        """Bytes that attention and outputs bring to a rank."""
+        layout, attentions = step.layout, analysis.attentions(step.counted)
+        found = 0.0
+        for attention, name in zip(attentions, program.ran_by, strict=True):
+            if name != "local":
+                found += self._predict(layout, attention, step.apart)[costs.priced_as(name)].bytes_in
+        if program.outputs == "full":
+            outputs = work_of(analysis.program, attentions, step.apart).outputs
+            found += (layout.sp - 1) * layout.shard_length * outputs
+        return round(found)
+
+    def _choices(self, program: Program, step: Step, analysis: Analysis) -> Iterator[Choice]:
+        """What each strategy would take, and why others cannot run, attentions of a kind together."""
+        described = zip(analysis.attentions(step.counted), program.ran_by, analysis.refused(step.counted), strict=True)
+        kinds: dict[tuple[costs.Attention, str], tuple[list[int], dict[str, str]]] = {}
+        for i, (attention, name, reasons) in enumerate(described):
+            kinds.setdefault((attention, name), ([], reasons))[0].append(i)
+        for (attention, name), (numbers, reasons) in kinds.items():
+            found = self._predict(step.layout, attention, step.apart)
+            seconds = {each: found[each].seconds for each in sorted(found, key=lambda each: found[each].seconds)}
+            yield Choice(numbers, name, seconds, reasons)
 
     def work(self, step: Step) -> Work:
         """What the graph computes for a token."""
@@ -310,7 +346,7 @@ class Compiled:
         """The program for a step, and the step with all that it needs."""
         if step.asked is not None and not step.cached:
             attentions = self._analysis(step.isolated).attentions(step.counted)
-            best = self._choose(step.layout, attentions, step.apart)
+            best = costs.fastest(step.layout, attentions, step.apart, self._predict)
             asked = step.asked(len(attentions))
             chosen = (each if wanted == "auto" else "" for each, wanted in zip(best, asked, strict=True))
             step = replace(step, strategies=tuple(chosen))

@@ -6,7 +6,7 @@ in common is left out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -247,14 +247,24 @@ def predicted(
     return {name: Predicted(*(each(case) for each in PREDICTED[name])) for name in able}
 
 
-def choose_strategies(
-    layout: TokenLayout, attentions: Sequence[Attention], apart: bool, rates: Rates, nodes: Nodes | None = None
+def priced_as(name: str) -> str:
+    """The strategy whose formulas another has: a window's rows are fetched."""
+    return "fetch" if name == "window" else name
+
+
+def fastest(
+    layout: TokenLayout,
+    attentions: Sequence[Attention],
+    apart: bool,
+    predict: Callable[[TokenLayout, Attention, bool], Mapping[str, Predicted]],
 ) -> tuple[str, ...]:
-    """The strategy of ``shard_attention`` for each attention that is predicted to be fastest, of equals the first."""
+    """The strategy of ``shard_attention`` for each attention that is predicted to be fastest, of equals the first.
+
+    Args:
+        apart: no query sees another request.
+        predict: what an attention takes by each strategy, as :func:`predicted` tells for some rates.
+    """
     if apart and needs.whole_on_ranks(layout):
         return ("local",) * len(attentions)
-    best: dict[Attention, str] = {}
-    for each in {*attentions}:
-        found = predicted(layout, each, apart, rates, nodes)
-        best[each] = min(found, key=lambda name: found[name].seconds)
-    return tuple(best[each] for each in attentions)
+    found = {each: predict(layout, each, apart) for each in {*attentions}}
+    return tuple(min(found[each], key=lambda name: found[each][name].seconds) for each in attentions)

@@ -26,7 +26,7 @@ from torch import fx
 
 from sp_compile import ops
 from sp_compile.capture import TOKEN_INPUTS
-from sp_compile.collectives import PRODUCTS, is_start, is_wait, multiplications
+from sp_compile.collectives import is_product, is_start, is_wait, multiplications
 from sp_compile.placements import Gathered, Replicate, Shard
 from sp_compile.program import Program, insert_redistribute, placement
 from sp_compile.rules import NoRule
@@ -87,7 +87,7 @@ class Cuts:
         queue = deque(products)
         while queue and len(products) < NODES:
             node = queue.popleft()
-            deep = products[node] + (node.target in PRODUCTS)
+            deep = products[node] + is_product(node)
             for each in node.all_input_nodes if deep <= PRODUCTS_DEEP and not _known(node) else ():
                 if _spread(each) and each not in products:
                     products[each] = deep
@@ -145,7 +145,7 @@ class Cuts:
                 return math.inf
         except NoRule:
             return math.inf
-        if node.target in PRODUCTS:
+        if is_product(node):
             return 2 * multiplications(node, lambda size: self._of_token(size) or 1) / self.operations_per_byte
         return OPERATIONS * elements / self.operations_per_byte
 

@@ -78,6 +78,7 @@ class JobResult:
     first_forward_seconds: float
     forward_seconds: float
     bytes_sent: int
+    bytes_by_formula: int | None
     collectives: list[dict[str, Any]]
     isolation: str
     fallbacks: list[dict[str, Any]]
@@ -224,6 +225,7 @@ def run_rank(job: JobConfig, show: Show = silent) -> JobResult | None:
         first_forward_seconds=first,
         forward_seconds=max(each.forward_seconds for each in ranks),
         bytes_sent=report.bytes_sent,
+        bytes_by_formula=report.bytes_by_formula,
         collectives=[dataclasses.asdict(each) for each in report.collectives],
         isolation=report.isolation,
         fallbacks=[dataclasses.asdict(each) for each in report.fallbacks],

@@ -53,9 +53,9 @@ def draw(results: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
                 axes: Any = figure.subplots()
                 for mark, (label, points) in zip(itertools.cycle(MARKS), sorted(lines.items()), strict=False):
                     axes.plot(*zip(*sorted(points), strict=True), marker=mark, label=label or None)
-                if name == "speed_up":
-                    ranks = sorted({x for points in lines.values() for x, _ in points})
-                    axes.plot(ranks, ranks, color="grey", linestyle=":", label="as many times as ranks")
+                if name in DIAGONALS:
+                    along = sorted({x for points in lines.values() for x, _ in points})
+                    axes.plot(along, along, color="grey", linestyle=":", label=DIAGONALS[name])
                 axes.set(title=title, xlabel=of_x, ylabel=of_y)
                 axes.xaxis.get_major_locator().set_params(integer=True)
                 axes.grid(alpha=0.3)
@@ -70,9 +70,11 @@ def draw(results: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
     return written
 
 
+DIAGONALS = {"speed_up": "as many times as ranks", "formula": "as the formula says"}
 PICTURES = {
     "speed_up": ("Speed-up", "ranks", "times the speed of one rank"),
     "bytes": ("Bytes that a rank sends in a forward", "ranks", "MB"),
+    "formula": ("Bytes that a rank sends, against its strategy's formula", "MB by the formula", "MB"),
     "balance": ("Balance of attention", "ranks", "query-key pairs of the busiest rank over the mean"),
     "memory": ("Peak memory of a rank above the weights", "tokens of the batch", "MB"),
 }
@@ -93,6 +95,10 @@ def _lines(rows: Sequence[Row], results: Sequence[Row], name: str) -> dict[str, 
             lines.setdefault(label, []).append((row["sp"], alone[label] / row["seconds"]))
         elif name == "bytes":
             lines.setdefault(label, []).append((row["sp"], row["bytes_sent"] / 1e6))
+        elif name == "formula" and row["sp"] > 1 and row["bytes_by_formula"] is not None:
+            others = [key for key in varied if not key.startswith(("requests.", "run."))]
+            point = (row["bytes_by_formula"] / 1e6, row["bytes_sent"] / 1e6)
+            lines.setdefault(_label(config, others), []).append(point)
         elif name == "balance":
             lines.setdefault(label, []).append((row["sp"], row["area_most_over_mean"]))
         elif name == "memory":

@@ -67,6 +67,7 @@ class Program:
         ran_by: the strategy of each attention.
         fetches: what ranks fetch, for each kind of attention that does.
         isolation: what was done to keep their requests apart.
+        device: the kind that code is for, where that is not the model's own.
         compiled: whether code is generated for the graph, or it runs as it is.
         differentiable: whether torch records gradients of its inputs.
         fallbacks: what was computed on gathered inputs.
@@ -93,6 +94,7 @@ class Program:
     ran_by: list[str] = field(default_factory=list)
     fetches: list[Fetch] = field(default_factory=list)
     isolation: str = ""
+    device: str = ""
     compiled: bool = True
     differentiable: bool = False
     fallbacks: list[Fallback] = field(default_factory=list)
@@ -116,10 +118,10 @@ class Program:
         return self.parallel or self.outputs == "loss"
 
     @property
-    def tensor_groups(self) -> set[str]:
-        """Groups of ranks that weights are cut over, by ``torch.distributed.tensor.parallel``."""
+    def tensor_groups(self) -> dict[str, int]:
+        """Groups that weights are cut over by ``torch.distributed.tensor.parallel``, with how many ranks each has."""
         found = (each.meta.get("tensor_group") for each in self.graph.find_nodes(op="placeholder"))
-        return {each for each in found if each is not None}
+        return dict(each for each in found if each is not None)
 
     def length_input(self) -> fx.Node | None:
         """The placeholder that is the global token length."""

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from sp_compile.collectives import PRODUCTS, STARTS, multiplications, shadows
+from sp_compile.collectives import STARTS, is_product, multiplications, shadows
 from sp_compile.files import written_whole
 from sp_compile.layout import TokenLayout
 from sp_compile.pipeline import PassStep
@@ -42,6 +42,23 @@ class Collective:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """Attentions of one kind: the strategy that they ran by, and how others would have done.
+
+    Attributes:
+        attentions: their numbers.
+        ran_by: the strategy.
+        seconds: of one of them by each strategy that can run, predicted, the fastest first.
+        refused: why others cannot run.
+    """
+
+    attentions: list[int]
+    ran_by: str
+    seconds: dict[str, float]
+    refused: dict[str, str]
+
+
+@dataclass(frozen=True)
 class Report:
     """What a forward does. ``str()`` is plain text, :meth:`render` prints with rich where it is installed.
 
@@ -56,6 +73,9 @@ class Report:
         isolation: what the pass ``isolate_requests`` did to keep the requests apart; empty where the model does itself.
         fallbacks: ops on gathered inputs, attention that was not raised and masks that were not lifted.
         steps: what each pass did; with text of the graph only from ``explain``.
+        bytes_by_formula: that reach the rank which gets most, for attention by its strategies and for outputs; None
+            beside a cache.
+        choices: which strategies could have run attention; none beside a cache.
     """
 
     sp: int
@@ -69,6 +89,8 @@ class Report:
     isolation: str
     fallbacks: list[Fallback]
     steps: list[PassStep]
+    bytes_by_formula: int | None = None
+    choices: list[Choice] = field(default_factory=list)
 
     @property
     def bytes_sent(self) -> int:
@@ -108,7 +130,11 @@ def attention_area(layout: TokenLayout, rows: np.ndarray) -> list[int]:
 
 
 def make_report(
-    program: Program, steps: Sequence[PassStep], layout: TokenLayout, rows: np.ndarray, sizes: Mapping[str, int]
+    program: Program,
+    steps: Sequence[PassStep],
+    layout: TokenLayout,
+    rows: np.ndarray,
+    sizes: Mapping[str, int],
 ) -> Report:
     """Collect a report for one layout, whose tokens see ``rows`` keys each, over all layers; ``sizes`` of symbols."""
     return Report(
@@ -138,7 +164,8 @@ def _collectives(program: Program, sizes: Mapping[str, int]) -> Iterator[Collect
         elif kind == "all_to_all":
             elements = part - part // len(node.args[1])
         else:
-            elements = 2 * (program.sp - 1) * part // program.sp
+            ranks = program.tensor_groups.get(node.args[2], program.sp)
+            elements = 2 * (ranks - 1) * part // ranks
         yield _collective(node, kind, elements, work, values)
 
 
@@ -149,7 +176,7 @@ def _collective(
     shape = ", ".join(_size_text(size, values) for size in value.shape)
     names = Counter(op_name(each).rpartition(".")[2] for each in work)
     shadow = ", ".join(f"{count} {name}" for name, count in names.items())
-    products = [each for each in work if each.target in PRODUCTS]
+    products = [each for each in work if is_product(each)]
     operations = sum(2 * multiplications(each, lambda size: known_size(size, values) or 1) for each in products)
     return Collective(
         node.name, kind, elements * value.element_size(), f"[{shape}]", source_line(node), shadow, operations
@@ -182,7 +209,9 @@ def _text(report: Report) -> list[str]:
     text += [f"{step.name:24} {step.changed:>13}  {step.seconds:7.3f}" for step in report.steps]
     if report.strategies:
         text += ["", f"attention by {strategies_text(report.strategies)}"]
-    text += ["", f"{len(report.collectives)} collectives, {report.bytes_sent} bytes sent by each rank"]
+        text += [f"  predicted, like {each.attentions[0]}: {_seconds_text(each)}" for each in report.choices]
+    formula = "" if report.bytes_by_formula is None else f"; {report.bytes_by_formula} by the strategies' formulas"
+    text += ["", f"{len(report.collectives)} collectives, {report.bytes_sent} bytes sent by each rank{formula}"]
     text += [
         f"  {each.kind:10} {each.bytes_sent:12} bytes  {each.shape:24} {each.source:32} {_shadow(each)}"
         for each in report.collectives
@@ -193,6 +222,10 @@ def _text(report: Report) -> list[str]:
         for each in report.fallbacks
     ]
     return text
+
+
+def _seconds_text(choice: Choice) -> str:
+    return ", ".join(f"{name} {1000 * seconds:.3g} ms" for name, seconds in choice.seconds.items())
 
 
 def strategies_text(names: Sequence[str]) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import lru_cache, wraps
 from typing import Any
@@ -18,7 +18,7 @@ from sp_compile import fingerprint, processes
 from sp_compile.capture import Captured
 from sp_compile.compiled import Compiled, Kept, Kind, Step, index_inputs
 from sp_compile.config import CompileConfig
-from sp_compile.costs import Attention, choose_strategies, measured_rates, rates_of
+from sp_compile.costs import Attention, Predicted, measured_rates, predicted, rates_of
 from sp_compile.dynamo.traced import Traced
 from sp_compile.errors import (
     BatchError,
@@ -83,6 +83,7 @@ class ParallelModule(nn.Module):
         self.compile_config = config
         self.layout: TokenLayout | None = None
         self.rates = rates_of(device_of(module), config.link_rate, config.compute_rate)
+        self._code_for = ""
         self.pipeline: tuple[Pass, ...] = build_pipeline(
             config.pipeline, config.attention, config.kernel, config.keep_gathered
         )
@@ -135,7 +136,7 @@ class ParallelModule(nn.Module):
         named = dict(zip(self._signature.parameters, args, strict=False)) | kwargs
         if named.get("past_key_values") is not None:
             return self.forward_with_cache((), named)
-        self._differentiates = torch.is_grad_enabled() and (self.training or self.compile_config.gradients == "always")
+        self._differentiates = self._records()
         kwargs = forward_options(self.module, kwargs, args, self._differentiates)
         with fingerprint.naming_failed_ranks(self.group):
             if self._differentiates:
@@ -205,13 +206,13 @@ class ParallelModule(nn.Module):
         return model.generate(*args, **kwargs)
 
     def explain(self, batch: Mapping[str, Any]) -> Report:
-        """Capture the forward of this batch and run the pipeline on it, but nothing else.
+        """Capture the forward of this batch, of training where the model trains, and run the pipeline on it only.
 
         Raises:
             The errors of :meth:`forward`, but for those about ranks.
         """
-        compiled, step = self._only_captured(batch)
-        return compiled.report(step)
+        with self._only_captured(batch) as (compiled, step):
+            return compiled.report(step)
 
     def work(self, batch: Mapping[str, Any]) -> Work:
         """Capture the forward of this batch, and count what it computes for a token.
@@ -219,20 +220,27 @@ class ParallelModule(nn.Module):
         Raises:
             The errors of :meth:`forward`, but for those about ranks.
         """
-        compiled, step = self._only_captured(batch)
-        return compiled.work(step)
+        with self._only_captured(batch) as (compiled, step):
+            return compiled.work(step)
 
-    def _only_captured(self, batch: Mapping[str, Any]) -> tuple[Compiled, Step]:
-        batch = self.options(batch)
+    def _records(self) -> bool:
+        """Whether a forward is to be differentiated."""
+        return torch.is_grad_enabled() and (self.training or self.compile_config.gradients == "always")
+
+    @contextmanager
+    def _only_captured(self, batch: Mapping[str, Any]) -> Iterator[tuple[Compiled, Step]]:
+        """The graph that a forward of this batch would run, to look at meanwhile."""
+        self._differentiates = self._records()
+        batch = forward_options(self.module, batch, gradients=self._differentiates)
         named, self.layout = self._lay_out((), batch)
         self._explained = batch
         try:
             self._apart((), batch, self._prepare(named, self.layout))
+            raise AssertionError("the captured graph ran")
         except _Explained as explained:
-            return explained.compiled, explained.step
+            yield explained.compiled, explained.step
         finally:
             self._explained = None
-        raise AssertionError("the captured graph ran")
 
     def options(self, kwargs: Mapping[str, Any], args: Sequence[Any] = ()) -> dict[str, Any]:
         """The arguments of a forward; see :func:`sp_compile.inputs.forward_options`."""
@@ -267,10 +275,15 @@ class ParallelModule(nn.Module):
         program = self._at(captured.program(self.group.size, self.group.name, kind.outputs))
         program.isolated, program.cached, program.cache_dtype = kind.isolated, kind.cached, kind.cache_dtype
         program.counted, program.strategies = kind.counted, kind.strategies
-        program.hints = hints or {}
+        program.hints, program.device = hints or {}, self._code_for
         program.compiled = self.compile_config.codegen == "inductor"
         steps = run_pipeline(program, self.pipeline, self.compile_config.verify_passes, trace)
         return program, steps
+
+    def pretend_device(self, device: torch.device) -> None:
+        """Have rates and kernels be those of another kind of device than the model's."""
+        self.rates = rates_of(device, self.compile_config.link_rate, self.compile_config.compute_rate)
+        self._code_for = device.type
 
     def measure_rates(self) -> None:
         """Measure :attr:`rates`, but for those that the configuration names; on every rank at the same time."""
@@ -279,9 +292,9 @@ class ParallelModule(nn.Module):
         found, config = measured_rates(self.group, device_of(self.module), dtype), self.compile_config
         self.rates = found.but(config.link_rate, config.compute_rate)
 
-    def _choose(self, layout: TokenLayout, attentions: Sequence[Attention], apart: bool) -> tuple[str, ...]:
-        """The fastest strategies for a batch, by the rates of now."""
-        return choose_strategies(layout, attentions, apart, self.rates, self.group.nodes)
+    def _predict(self, layout: TokenLayout, attention: Attention, apart: bool) -> dict[str, Predicted]:
+        """What an attention takes by each strategy, by the rates of now."""
+        return predicted(layout, attention, apart, self.rates, self.group.nodes)
 
     def _at(self, program: Program) -> Program:
         """The program, told of the ranks that it is for."""
@@ -399,7 +412,7 @@ class ParallelModule(nn.Module):
             build=lambda kind, sizes: self.build(captured, kind, hints=sizes)[0],
             agree=agree,
             capture=lambda sp: self._at(captured.program(sp, "analysed", "full")),
-            choose=self._choose,
+            predict=self._predict,
             codegen=self.compile_config.codegen,
         )
         self._compiled.append(compiled)

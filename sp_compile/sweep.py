@@ -323,6 +323,7 @@ def _flat(each: Mapping[str, Any]) -> dict[str, Any]:
         "seconds": result["forward_seconds"],
         "first_seconds": result["first_forward_seconds"],
         "bytes_sent": result["bytes_sent"],
+        "bytes_by_formula": result.get("bytes_by_formula"),  # results of before have none
         "peak_bytes": max(rank["peak_bytes"] for rank in ranks),
         "area_most_over_mean": max(area) * len(area) / max(sum(area), 1),
         "tokens_most_over_mean": max(tokens) * len(tokens) / max(sum(tokens), 1),

@@ -9,7 +9,7 @@ In a test::
 
 ``pytest -p sp_compile.testing --update-golden`` writes the files, to be read in review; ``addopts = "-p
 sp_compile.testing"`` in pytest's configuration makes the option known for good. The names of nodes in them are those of
-the versions of torch and transformers that wrote them.
+the versions of torch and transformers that wrote them. A model in training mode is pinned as it trains.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from sp_compile.collectives import ATTENTION, PRODUCTS, multiplications
+from sp_compile.collectives import is_heavy, is_product, multiplications
 from sp_compile.costs import Attention
 from sp_compile.placements import Shard
 from sp_compile.program import Program, placement
@@ -30,8 +30,8 @@ class Work:
         saved: bytes that a backward needs, one for each value that a product or attention reads.
         outputs: bytes of the model's outputs.
         keys: bytes of keys and values in all attentions together.
-        weights: bytes of all parameters, whatever the tokens are.
-        parameters: how many there are.
+        weights: bytes of parameters and buffers, whatever the tokens are.
+        parameters: how many elements they have.
         attentions: what decides by which strategy each runs.
         apart: no request of the batch sees another.
     """
@@ -72,14 +72,14 @@ def work_of(program: Program, attentions: Sequence[Attention], apart: bool) -> W
     heads = _heads(program)
     traffic, widest, read = 0.0, 0.0, set()
     for node in program.graph.nodes:
-        if node.target not in PRODUCTS and node.target not in ATTENTION:
+        if not is_heavy(node):
             continue
         values = [each for each in node.all_input_nodes if not _is_weight(each) and is_tensor(each)]
         moved = size(node) + sum(map(size, values))
         traffic += moved
         widest = max(widest, moved) if node not in heads else widest
         read.update(values)
-        if node.target in PRODUCTS and token_dims(node, program.tokens):
+        if is_product(node) and token_dims(node, program.tokens):
             spread = isinstance(placement(node), Shard)
             of_node = 2.0 * multiplications(node, of_token)
             operations["spread" if spread else "repeated"] += of_node
@@ -106,7 +106,7 @@ def _heads(program: Program) -> set[fx.Node]:
     found = set()
     for node in program.graph.output_node().all_input_nodes:
         values = [node]
-        while len(values) == 1 and values[0].target not in PRODUCTS:
+        while len(values) == 1 and not is_product(values[0]):
             values = [each for each in values[0].all_input_nodes if not _is_weight(each) and is_tensor(each)]
         found.update(values if len(values) == 1 else [])
     return found

@@ -37,6 +37,7 @@ def result(ok: bool = True) -> JobResult:
         first_forward_seconds=2.0,
         forward_seconds=0.25,
         bytes_sent=3 << 20,
+        bytes_by_formula=3 << 20,
         collectives=[],
         isolation="2 attention masks joined",
         fallbacks=[fallback],

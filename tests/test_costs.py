@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from sp_compile.costs import RATES, Attention, choose_strategies, measured_rates, predicted, rates_of
+from sp_compile.costs import RATES, Attention, Predicted, fastest, measured_rates, predicted, rates_of
 from sp_compile.layout import TokenLayout, token_layout
 from sp_compile.mesh import Nodes, single
 from sp_compile.needs import Reach, received
@@ -26,7 +26,10 @@ def attention(reach: Reach, heads: int = 32, kv_heads: int = 8, **more: Any) -> 
 
 
 def chosen(layout: TokenLayout, *attentions: Attention, apart: bool = True, rates: Any = GPU, **more: Any) -> list[str]:
-    return [*choose_strategies(layout, attentions, apart, rates, **more)]
+    def predict(layout: TokenLayout, each: Attention, apart: bool) -> dict[str, Predicted]:
+        return predicted(layout, each, apart, rates, **more)
+
+    return [*fastest(layout, attentions, apart, predict)]
 
 
 def test_the_bytes_of_each_strategy_are_those_of_its_formula():

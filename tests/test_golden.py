@@ -105,3 +105,39 @@ def test_golden_mismatches_missing_and_stale_files_are_told(tmp_path: Path):
     assert "2-b" not in text
     testing.write(tmp_path, {"2-b.diff": "+same\n"}, known)
     testing.compare(tmp_path, {"2-b.diff": "+same\n"}, [each.name for each in tmp_path.iterdir()])
+
+
+def test_a_model_that_trains_is_shown_as_it_trains():
+    model = built("llama_dense_gqa").train()
+    ids = torch.arange(3, 34)[None]
+    labelled = {"input_ids": ids, "labels": ids, "use_cache": False}
+    ((name, diff),) = testing.graph_diffs(model, labelled, None, 2, ["place_gradients"])
+    assert name == "place_gradients"
+    assert all(each in diff for each in ("share_gradient", "begin_sum", "end_sums"))
+    ((_, diff),) = testing.graph_diffs(model.eval(), labelled, None, 2, ["place_gradients"])
+    assert "share_gradient" not in diff
+
+
+HEAD_DIM = 16  # a GPU's FlexAttention takes no smaller
+
+
+@pytest.mark.parametrize("strategy", ["allgather_kv", "fetch", "ulysses"])
+def test_the_graph_for_a_gpu_has_block_masks_and_nothing_of_the_whole_sequence_but_keys(strategy: str):
+    """No device is needed: shapes are those of the local graph on the meta device."""
+    torch._dynamo.reset()
+    sizes = {**SIZES, "hidden_size": 4 * HEAD_DIM, "head_dim": HEAD_DIM}
+    with torch.device("meta"):
+        config = transformers.LlamaConfig(num_hidden_layers=2, **sizes)
+        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    report = sp_compile.explain(model, batch(), 2, device="cuda", attention=strategy, outputs="sharded")
+    graph = report.steps[-1].after
+    assert graph.count(" = flex_attention(") == 2
+    assert "block_mask(" in graph
+    assert "sp_compile.attention(" not in graph
+    values = re.findall(r"^%(\w+): \w+\[([^\]]*)\]", graph, re.MULTILINE)
+    gathered = {"T", "2*n", "n + fetched"}  # rows of all ranks, or those that attention reads
+    whole = [[size for size in sizes.split(", ") if any(each in size for each in gathered)] for _, sizes in values]
+    assert max(map(len, whole)) == 1  # never queries by keys
+    widths = [int(sizes.split(", ")[-1]) for (_, sizes), each in zip(values, whole, strict=True)
+              if each and sizes.split(", ")[-1].isdigit()]  # fmt: skip
+    assert max(widths, default=0) <= 2 * 2 * HEAD_DIM  # keys and values of both heads, not the hidden state's 64

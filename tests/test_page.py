@@ -54,6 +54,9 @@ def test_the_page_is_whole_and_needs_nothing_else():
     assert re.findall(r"<summary><b>(\w+)</b>", text) == list(registered_passes())
     assert text.count("<td>all_gather</td>") == len(made.collectives)
     assert "%attention" in text
+    assert re.search(r"<td>0-1</td><td>allgather_kv</td>\s*<td class=.number.>[\d.e-]+ ms</td><td>ran</td>", text)
+    assert re.search(r"<td>window</td><td></td><td>cannot: \w+", text)
+    assert re.search(r"<td>hybrid</td><td></td><td>cannot: there is no 2-D mesh", text)
 
 
 @pytest.mark.parametrize("scheme", ["zigzag", "contiguous", "whole"])

@@ -126,6 +126,17 @@ def test_bytes_of_a_layer_are_those_of_the_formula(case: str):
     assert layers == [4 * report.shard_length * bytes_of_token] * 2
 
 
+@pytest.mark.parametrize("strategy", ["allgather_kv", "ulysses", "hybrid", "fetch"])
+def test_reports_tell_bytes_by_the_formulas(strategy: str):
+    options = {"attention": strategy, "ranks_per_node": 2 if strategy == "hybrid" else None}
+    report = sp_compile.explain(llama(), {**requests([37, 8]), "use_cache": False}, sp=4, **options)
+    assert report.bytes_by_formula is not None
+    if strategy == "fetch":  # the formula tells what the rank receives that gets most, the report what rank 0 sends
+        assert 0.5 < report.bytes_sent / report.bytes_by_formula < 2
+    else:
+        assert report.bytes_by_formula == report.bytes_sent
+
+
 @pytest.mark.parametrize("strategy", [pytest.param("allgather_kv", marks=pytest.mark.slow), "ring"])
 def test_keys_expanded_from_latents_that_crossed_are_right(ranks, strategy: str):
     found = ranks(3).run(ran, "deepseek_v3", MIXES[:2], attention=strategy, **LATENTS)

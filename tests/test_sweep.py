@@ -43,8 +43,9 @@ def result_of(point: Point) -> dict[str, Any]:
     """What a job might find out."""
     sp = point.job.run.sp
     ranks = [{"tokens": 20, "attention_area": 100 + 10 * i, "peak_bytes": 1 << 20} for i in range(sp)]
-    return {"forward_seconds": 1.0 / sp, "first_forward_seconds": 2.0, "bytes_sent": 1000 * (sp - 1), "ranks": ranks,
-            "lengths": [20, 20], "unsharded": None, "ok": True}  # fmt: skip
+    figures = {"forward_seconds": 1.0 / sp, "first_forward_seconds": 2.0}
+    crossed = {"bytes_sent": 1000 * (sp - 1), "bytes_by_formula": 1000 * (sp - 1)}
+    return {**figures, **crossed, "ranks": ranks, "lengths": [20, 20], "unsharded": None, "ok": True}
 
 
 @pytest.fixture
@@ -215,8 +216,8 @@ def test_tables_and_pictures(write, tmp_path, pretended):
     write_table(mixed, tmp_path / "mixed.parquet")
     assert pandas.read_parquet(tmp_path / "mixed.parquet")["of all kinds"].dropna().tolist() == ["1", "two", "True"]
     files = draw(found, tmp_path / "pictures")
-    assert {each.name for each in files} == {
-        f"{name}.{kind}" for name in ("speed_up", "bytes", "balance", "memory") for kind in ("png", "svg")}  # fmt: skip
+    names = ("speed_up", "bytes", "formula", "balance", "memory")
+    assert {each.name for each in files} == {f"{name}.{kind}" for name in names for kind in ("png", "svg")}
     assert all(each.stat().st_size > 1000 for each in files)
     with pytest.raises(ConfigError, match="no point of the results has figures"):
         draw(found[1:2], tmp_path)

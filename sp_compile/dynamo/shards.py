@@ -145,14 +145,15 @@ class _Local:
         table = _placed(weight)
         assert table is not None
         start, count = _own_part(table, 0)
-        inside = padding is not None and 0 <= padding - start < count
+        local_padding = None if padding is None else padding % int(table.shape[0]) - start
+        inside = local_padding is not None and 0 <= local_padding < count
         local = self._call(torch.sub, self._own[ids], start)
         outside = self._call(torch.logical_or, self._call(torch.lt, local, 0), self._call(torch.ge, local, count))
         found = self._call(
             torch.nn.functional.embedding,
             self._call(torch.masked_fill, local, outside, 0),
             self._own[weight],
-            padding - start if inside else None,
+            local_padding if inside else None,
         )
         self._spread[self._node] = Replicate()
         return self._summed(self._call(torch.masked_fill, found, self._call(torch.unsqueeze, outside, -1), 0.0))

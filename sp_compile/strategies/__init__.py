@@ -35,4 +35,10 @@ def applicable(site: Site) -> list[str]:
     return [name for name in ALWAYS_OFFERED if not STRATEGIES[name].against(site)]
 
 
-__all__ = ["STRATEGIES", "Site", "Strategy", "applicable"]
+def refused(site: Site) -> dict[str, str]:
+    """The others, and why."""
+    reasons = {name: STRATEGIES[name].against(site) for name in ALWAYS_OFFERED}
+    return {name: reason for name, reason in reasons.items() if reason}
+
+
+__all__ = ["STRATEGIES", "Site", "Strategy", "applicable", "refused"]
