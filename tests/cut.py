@@ -101,9 +101,9 @@ def whole(step: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: each.full_tensor() if isinstance(each, DTensor) else each for name, each in step.items()}
 
 
-def cut_step(fsdp: bool, **config: Any) -> dict[str, torch.Tensor]:
-    """A step of :class:`Cut` on (2, 2) ranks of sp and tp, with weights spread over sp besides if asked."""
-    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("sp", "tp"))
+def cut_step(sp: int, fsdp: bool, **config: Any) -> dict[str, torch.Tensor]:
+    """A step of :class:`Cut` on (sp, 2) ranks of sp and tp, with weights spread over sp besides if asked."""
+    mesh = dist.init_device_mesh("cpu", (sp, 2), mesh_dim_names=("sp", "tp"))
     model = parallelize_module(cut(), mesh["tp"], CUT_PLAN)
     parallel: Any = sp_compile.parallelize(model, mesh=mesh["sp"], **{"codegen": "eager", **config})
     if fsdp:

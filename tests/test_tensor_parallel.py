@@ -13,18 +13,18 @@ from tests.training import apart, batch_of, built, plain_step, stepped
 
 
 @pytest.mark.parametrize(
-    ("fsdp", "config"),
+    ("sp", "fsdp", "config"),
     [
-        (False, {}),
-        pytest.param(False, {"attention": "ring", "keep_gathered": False}, marks=pytest.mark.slow),
-        (False, {"attention": "ulysses"}),
-        (True, {}),
-        pytest.param(False, {"codegen": "inductor"}, marks=pytest.mark.slow),
+        (1, False, {}),
+        (2, False, {"attention": "ulysses"}),
+        (2, True, {}),
+        pytest.param(2, False, {"attention": "ring", "keep_gathered": False}, marks=pytest.mark.slow),
+        pytest.param(2, False, {"codegen": "inductor"}, marks=pytest.mark.slow),
     ],
 )
-def test_gradients_are_those_of_the_whole_model(ranks, fsdp: bool, config: dict[str, Any]):
+def test_gradients_are_those_of_the_whole_model(ranks, sp: int, fsdp: bool, config: dict[str, Any]):
     expected = plain_step(cut(), padded_batch())
-    for found in ranks(4).run(cut_step, fsdp, timeout=900, **config):
+    for found in ranks(2 * sp).run(cut_step, sp, fsdp, timeout=900, **config):
         assert apart(found, expected) <= EXACT
 
 
