@@ -1,7 +1,9 @@
 """Rates of the machine at hand, read off jobs of a sweep, and how well they predict its other jobs.
 
 A predicted time is a sum of amounts (operations, bytes, collectives) over rates. So rates follow from measured times by
-non-negative least squares of the relative errors (Lawson and Hanson, Solving Least Squares Problems, chapter 23).
+non-negative least squares of the relative errors (Lawson and Hanson, Solving Least Squares Problems, chapter 23); one
+that takes nothing, as far as the jobs show, is infinite. Memory is measured by itself: in jobs of one model, the bytes
+that products move cannot be told from their operations.
 """
 
 from __future__ import annotations
@@ -14,20 +16,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from sp_compile.config import JobConfig, merged_job
 from sp_compile.errors import ConfigError
 from sp_compile.hardware import Hardware
 from sp_compile.job import work_of_job
 from sp_compile.layout import token_layout
+from sp_compile.measure import seconds
 from sp_compile.planning import Planner
 from sp_compile.sweep import DONE
 from sp_compile.work import Work
 
-RATES = ("products", "attention", "memory", "inside")  # amounts over these
+RATES = ("products", "attention", "inside")  # amounts over these
 TIMES = ("latency", "part", "layer")  # amounts times these
 FEWEST = 2 * (len(RATES) + len(TIMES))  # points, of which every other one is read off
 WITHIN = 0.2
+COPIED = 1 << 24  # elements of fp32
 
 
 @dataclass(frozen=True)
@@ -128,16 +133,25 @@ def _fitted(jobs: Sequence[_Job], machine: Mapping[str, Any], dtype: str) -> Har
         capacity=float(machine["memory_bytes"]), inside=math.inf, between=math.inf, latency=0.0,
         ranks_per_node=1 << 20, hidden=0.0, part=0.0, layer=0.0, cores=1,
     )  # fmt: skip
-    measured = np.asarray([each.seconds for each in jobs])
     units = [_with(free, {name: 1.0}) for name in (*RATES, *TIMES)]
+    memory = _memory_rate()
+    rest = np.asarray([each.predicted(_with(free, {"memory": memory})) for each in jobs])
+    measured = np.asarray([each.seconds for each in jobs])
     amounts = np.asarray([[each.predicted(unit) for unit in units] for each in jobs]) / measured[:, None]
     scale = np.maximum(amounts.max(axis=0), np.finfo(float).tiny)
-    found = nnls(amounts / scale, np.ones(len(jobs)))[0] / scale
+    found = nnls(amounts / scale, np.maximum(1 - rest / measured, 0))[0] / scale
     values = {
         name: float(1 / each) if each else math.inf for name, each in zip(RATES, found[: len(RATES)], strict=True)
     }
     values |= {name: float(each) for name, each in zip(TIMES, found[len(RATES) :], strict=True)}
-    return _with(free, {**values, "between": values["inside"]})
+    return _with(free, {**values, "between": values["inside"], "memory": memory})
+
+
+def _memory_rate() -> float:
+    """Bytes per second that a copy reads and writes."""
+    a = torch.zeros(COPIED)
+    b = torch.empty_like(a)
+    return 2 * a.nbytes / min(seconds(lambda: b.copy_(a), a.device, lambda: None) for _ in range(5))
 
 
 def _with(hardware: Hardware, values: Mapping[str, Any]) -> Hardware:

@@ -109,7 +109,7 @@ def show_compared(hardware: Hardware, compared: Sequence[Compared], console: Con
     for each in compared:
         off = Text(f"{each.error:+.0%}", "" if abs(each.error) <= WITHIN else "yellow")
         table.add_row(str(each.sp), each.strategy, f"{sum(each.lengths):,}", f"{each.predicted:.3f}",
-                      f"{each.measured:.3f}", off, "rates read off it" if each.used else "")  # fmt: skip
+                      f"{each.measured:.3f}", off, "used" if each.used else "")  # fmt: skip
     console.print(table)
     others = [each for each in compared if not each.used]
     console.print(f"within {WITHIN:.0%}: {share_within(compared):.0%} of the {len(others)} points that rates were not "

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from sp_compile import calibration
 from sp_compile.calibration import FEWEST, calibrated, share_within
 from sp_compile.cli import main
 from sp_compile.config import JobConfig, load_config
@@ -171,14 +172,16 @@ def results(hardware: Hardware, work: Work) -> list[dict[str, Any]]:
     return found
 
 
-def test_rates_are_found_again_in_times_that_they_explain(work: Work):
-    true = dataclasses.replace(free(products=5e9, attention=2e9, inside=1e8, latency=1e-3, layer=2e-3), cores=1,
-                               between=1e8, ranks_per_node=1 << 20)  # fmt: skip
+def test_rates_are_found_again_in_times_that_they_explain(work: Work, monkeypatch):
+    true = dataclasses.replace(free(products=5e9, attention=2e9, inside=1e8, latency=1e-3, layer=2e-3, memory=1e10),
+                               cores=1, between=1e8, ranks_per_node=1 << 20)  # fmt: skip
+    monkeypatch.setattr(calibration, "_memory_rate", lambda: true.memory)
     found, compared = calibrated(results(true, work))
-    assert found.products == pytest.approx(true.products, rel=1e-3)
-    assert found.attention == pytest.approx(true.attention, rel=1e-3)
-    assert found.inside == pytest.approx(true.inside, rel=1e-3)
-    assert share_within(compared, 1e-6) == 1
+    for name in ("products", "attention", "inside", "layer", "memory"):
+        assert getattr(found, name) == pytest.approx(
+            getattr(true, name), rel=0.02
+        )  # weights are read while products run
+    assert share_within(compared, 1e-2) == 1
     assert sum(each.used for each in compared) == len(compared) / 2
 
 
