@@ -65,9 +65,10 @@ class Hardware:
                      self.part / share, self.between)  # fmt: skip
 
     def nodes(self, sp: int) -> Nodes | None:
-        """How ``sp`` adjacent ranks lie on nodes; None where they are on one, or do not fill them."""
-        several = sp > self.ranks_per_node and not sp % self.ranks_per_node and self.ranks_per_node > 1
-        return Nodes(self.ranks_per_node, "", "") if several else None
+        """How ``sp`` adjacent ranks lie on nodes, as many on each as can be; None where they are on one."""
+        if sp <= self.ranks_per_node:
+            return None
+        return Nodes(max(size for size in range(1, self.ranks_per_node + 1) if sp % size == 0), "", "")
 
 
 def load_hardware(source: str) -> Hardware:

@@ -133,6 +133,7 @@ def test_links_between_nodes_are_what_a_batch_over_several_waits_for(work: Work)
     assert far["allgather_kv"] == pytest.approx(near["allgather_kv"] * 12.5)  # eight adapters share what comes
     assert far["fetch"] > 50 * near["fetch"]
     assert far["hybrid"] < far["fetch"]
+    assert [H100.nodes(sp) and H100.nodes(sp).size for sp in (8, 12, 13, 24)] == [None, 6, 1, 8]
 
 
 def test_descriptions_of_machines_are_checked(tmp_path: Path):

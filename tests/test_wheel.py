@@ -57,7 +57,7 @@ def test_the_wheel_holds_every_module_and_the_files_that_go_with_them(wheel: Pat
     names = set(zipfile.ZipFile(wheel).namelist())
     expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / "sp_compile").rglob("*.py")}
     expected |= {f"sp_compile/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "passes").rglob("*.py")}
-    expected |= {f"sp_compile/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")}
+    expected |= {f"sp_compile/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "configs").rglob("*.yaml")}
     expected |= {"sp_compile/py.typed", "sp_compile/data/passages.txt"}
     assert expected <= names
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"sp_compile"}
