@@ -79,7 +79,8 @@ class _Lowering:
         """Replace one attention node; new nodes go in front of it."""
         args = ops.AttentionArgs(*node.args)
         score, mask = (self._function(args, output) for output in ("score", "mask"))
-        options = {**OPTIONS, **_tile(args), "OUTPUT_LOGSUMEXP": ops.attention_part(node, 1) is not None}
+        tile, with_lse = _tile(args, self._kind(args)), ops.attention_part(node, 1) is not None
+        options = {**OPTIONS, **tile, "OUTPUT_LOGSUMEXP": with_lse}
         # code for CPUs takes its inputs for tensors of four dims in memory, which views of products or gathers are not
         q, k, v = args.q, args.k, args.v
         if self._fills_up(args):
@@ -156,7 +157,11 @@ class _Lowering:
 
     def _fills_up(self, args: ops.AttentionArgs) -> bool:
         """Whether keys are filled up to a number that the device's code computes right."""
-        return bool(args.q.meta["val"].device.type == "cpu")
+        return self._kind(args) == "cpu"
+
+    def _kind(self, args: ops.AttentionArgs) -> str:
+        """Of the device that code is for."""
+        return self.program.device or str(args.q.meta["val"].device.type)
 
     def _captured(self, tensor: fx.Node, dims: tuple[int, ...], keys: int = -1) -> fx.Node:
         return self._once(torch.ops.sp_compile.captured.default, tensor, list(dims), keys)
@@ -167,13 +172,13 @@ class _Lowering:
         """The block mask as the op takes it, in the order that this torch has."""
         assert args.plan is not None
         plan, device = self._once(aten.unsqueeze.default, args.plan, 1), args.q.meta["val"].device
-        if device.type != "cpu":
+        if self._kind(args) != "cpu":
             plan = self._once(aten.to.device, plan, device, torch.int32)
         parts = []
         for i in range(2):  # partial and full blocks
             listed = self._once(aten.select.int, plan, 3, i)
             parts += [self._once(aten.select.int, listed, 3, 0), self._once(aten.slice.Tensor, listed, 3, 1)]
-        if device.type == "cpu":
+        if self._kind(args) == "cpu":
             parts = [self._once(aten.clone.default, each) for each in parts]
         else:  # code for GPUs takes the one head's stride for that of the rows, which it is not in a clone's layout
             parts = [self._captured(each, (0, 1, 2, 3)[: 3 + i % 2]) for i, each in enumerate(parts)]
@@ -193,10 +198,10 @@ class _Lowering:
         return self.made[key]
 
 
-def _tile(args: ops.AttentionArgs) -> dict[str, int]:
+def _tile(args: ops.AttentionArgs, device: str) -> dict[str, int]:
     """Queries and keys that a GPU computes at a time, where torch has no choice of its own that fits."""
     q, v = args.q.meta["val"], args.v.meta["val"]
-    large = q.device.type != "cpu" and max(q.shape[-1], v.shape[-1]) > LARGE
+    large = device != "cpu" and max(q.shape[-1], v.shape[-1]) > LARGE
     return LARGE_TILES[q.element_size()] if large else {}
 
 

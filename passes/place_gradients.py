@@ -36,7 +36,7 @@ from sp_compile.errors import CaptureError
 from sp_compile.invariants import GRADIENTS_PLACED, LOWERED
 from sp_compile.pipeline import Pass
 from sp_compile.placements import REPLICATE, Replicate, Shard
-from sp_compile.program import Program, placement
+from sp_compile.program import Program, placement, source_line
 from sp_compile.symbols import is_float, shape_of
 
 aten = torch.ops.aten
@@ -48,6 +48,10 @@ _JOINING = {
 _OF_A_SHARD = (
     "the loss is computed from a part of the logits on each rank of tensor parallelism; let the module that makes them "
     "return whole ones: ColwiseParallel(output_layouts=Replicate())"
+)
+_DRAWN_IN_SHARDS = (
+    "dropout at {where} is of values that are spread over ranks of tensor parallelism, which would all draw the same; "
+    "set its probability to 0, or leave that module whole"
 )
 ORDERED = (aten.index_select.default, aten.movedim.int, aten.unflatten.int, aten.flatten.using_ints)
 
@@ -136,15 +140,17 @@ def _shards(program: Program, group: str) -> None:
     """Have ranks of tensor parallelism sum the gradients of what they compute shards from.
 
     Raises:
-        CaptureError: the loss is one of a shard.
+        CaptureError: the loss is one of a shard, or shards have dropout, which would draw the same in all.
     """
     in_shards: set[fx.Node] = set()
+    drawn: set[fx.Node] = set()  # by the seed
     recorded: set[fx.Node] = set()
     read: dict[fx.Node, fx.Node] = {}
     for node in list(program.graph.nodes):
         if node.op == "placeholder":
             in_shards |= {node} if group in node.meta.get("tensor_group", ()) else set()
             recorded |= {node} if node.meta.get("requires_grad") else set()
+            drawn |= {node} if node.meta.get("index_input") == "seed" else set()
             continue
         inputs = node.all_input_nodes
         if node.op == "output":
@@ -152,12 +158,16 @@ def _shards(program: Program, group: str) -> None:
                 if each in in_shards and each in recorded and not shape_of(_before_sums(each)):
                     raise CaptureError(_OF_A_SHARD)
             continue
+        if not drawn.isdisjoint(inputs) and in_shards.isdisjoint(inputs) and recorded.isdisjoint(inputs):
+            drawn.add(node)
         if not recorded.isdisjoint(inputs) and ("val" not in node.meta or is_float(node)):
             recorded.add(node)
         if node.target in _JOINING and node.args[-1] == group:
             node.target = _JOINING[node.target]
         elif not in_shards.isdisjoint(inputs):
             in_shards.add(node)
+            if not drawn.isdisjoint(inputs):
+                raise CaptureError(_DRAWN_IN_SHARDS.format(where=source_line(node) or "no source line"))
             for each in inputs:
                 if each in recorded and each not in in_shards:
                     if each not in read:

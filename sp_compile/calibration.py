@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from sp_compile.config import JobConfig, merged_job
+from sp_compile.costs import rates_of
 from sp_compile.errors import ConfigError
 from sp_compile.hardware import Hardware
 from sp_compile.job import work_of_job
@@ -68,36 +69,53 @@ class _Job:
     lengths: tuple[int, ...]
     seconds: float
 
+    @property
+    def key(self) -> Any:
+        """What makes it another job: on one rank all strategies are one."""
+        sp, compiled = self.config.run.sp, self.config.compile
+        apart = (compiled.attention, compiled.scheme) if sp > 1 else ()
+        return self.lengths, sp, apart, self.work
+
     def predicted(self, hardware: Hardware) -> float:
         sp = self.config.run.sp
         layout = token_layout(self.lengths, sp, self.config.compile.scheme, min_shard_length=2)
         planner = Planner(self.work, hardware, whole_outputs=self.config.compile.outputs == "full")
+        found = planner.prefill(layout, sp)
         strategy = self.config.compile.attention if sp > 1 else "local"
-        return planner.prefill(layout, sp)[strategy][0]
+        if strategy not in found:
+            raise ConfigError(f"there is no prediction for {_told(self.point)}: attention by {strategy} is not one")
+        return found[strategy][0]
 
 
 def calibrated(results: Sequence[Mapping[str, Any]]) -> tuple[Hardware, list[Compared]]:
-    """The machine of a sweep, read off every other of its points, and all of them compared.
+    """The machine of a sweep, read off half of its jobs, and all of them compared.
 
     Args:
         results: what a sweep of prefill jobs wrote, all on one machine without a GPU.
 
     Raises:
-        ConfigError: there are too few points, or they are of several machines.
+        ConfigError: scipy is missing; or there are too few jobs, some of other machines, or some that do not say how
+            they ran.
     """
-    done = [each for each in results if each["status"] == DONE]
-    if len(done) < FEWEST:
-        raise ConfigError(f"{len(done)} points have results; to read rates off takes {FEWEST} or more")
+    solve = _solver()
+    done = [each for each in results if each["status"] == DONE and "forward_seconds" in each["result"]]
     machines = {json.dumps(each["result"]["machine"], sort_keys=True) for each in done}
     dtypes = {each["result"]["config"]["model"]["dtype"] for each in done}
+    if not done:
+        raise ConfigError("no point of the results is a prefill that has figures")
+    for each in done:
+        _check_fixed(each["point"], each["result"]["config"]["compile"])
     if len(machines) > 1 or len(dtypes) > 1:
         raise ConfigError("the points are of several machines or dtypes; rates are those of one")
     machine = done[0]["result"]["machine"]
     if machine["gpus"]:
         raise ConfigError("rates are read off jobs on a CPU; for GPUs pass a description, such as h100")
-    jobs = _jobs(done)
-    used = jobs[::2]
-    hardware = _fitted(used, machine, dtypes.pop())
+    jobs = list({each.key: each for each in _jobs(done)}.values())
+    if len(jobs) < FEWEST:
+        raise ConfigError(f"{len(jobs)} jobs that differ have results; to read rates off takes {FEWEST} or more")
+    order = np.random.default_rng(0).permutation(len(jobs))  # no value of the grid falls on one side only
+    used = [jobs[i] for i in order[::2]]
+    hardware = _fitted(used, machine, dtypes.pop(), solve)
     compared = [
         Compared(each.point, each.config.run.sp, each.config.compile.attention, each.lengths,
                  each.predicted(hardware), each.seconds, each in used)
@@ -120,14 +138,36 @@ def _jobs(done: Sequence[Mapping[str, Any]]) -> list[_Job]:
         config = merged_job([result["config"]])
         key = json.dumps([result["config"]["model"], result["config"]["compile"]["kernel"]], sort_keys=True)
         if key not in work:
-            work[key], _ = work_of_job(config)
+            work[key], _ = work_of_job(config, rates_of(torch.device("cpu")))
         found.append(_Job(each["point"], config, work[key], tuple(result["lengths"]), result["forward_seconds"]))
     return found
 
 
-def _fitted(jobs: Sequence[_Job], machine: Mapping[str, Any], dtype: str) -> Hardware:
-    from scipy.optimize import nnls
+def _check_fixed(point: Mapping[str, Any], compiled: Mapping[str, Any]) -> None:
+    """A job has to say how it ran, for a prediction to be one of it."""
+    for name, chosen in (("attention", "auto"), ("scheme", "auto"), ("pipeline", None)):
+        if (compiled[name] is not None) if chosen is None else (compiled[name] == chosen):
+            raise ConfigError(
+                f"compile.{name} of {_told(point)} is {compiled[name]!r}; rates are read off jobs with the usual "
+                "pipeline and a strategy and a scheme that are named"
+            )
 
+
+def _told(point: Mapping[str, Any]) -> str:
+    return " ".join(f"{name}={each}" for name, each in point.items())
+
+
+def _solver() -> Any:
+    try:
+        from scipy.optimize import nnls
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            "scipy is not installed, to solve for rates; pip install 'sp_compile[experiments]'"
+        ) from error
+    return nnls
+
+
+def _fitted(jobs: Sequence[_Job], machine: Mapping[str, Any], dtype: str, solve: Any) -> Hardware:
     free = Hardware(
         name=str(machine["cpu"]), dtype=dtype, products=math.inf, attention=math.inf, memory=math.inf,
         capacity=float(machine["memory_bytes"]), inside=math.inf, between=math.inf, latency=0.0,
@@ -139,7 +179,7 @@ def _fitted(jobs: Sequence[_Job], machine: Mapping[str, Any], dtype: str) -> Har
     measured = np.asarray([each.seconds for each in jobs])
     amounts = np.asarray([[each.predicted(unit) for unit in units] for each in jobs]) / measured[:, None]
     scale = np.maximum(amounts.max(axis=0), np.finfo(float).tiny)
-    found = nnls(amounts / scale, np.maximum(1 - rest / measured, 0))[0] / scale
+    found = solve(amounts / scale, np.maximum(1 - rest / measured, 0))[0] / scale
     values = {
         name: float(1 / each) if each else math.inf for name, each in zip(RATES, found[: len(RATES)], strict=True)
     }

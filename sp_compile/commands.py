@@ -161,14 +161,14 @@ def plan(
     if json_file is not None:
         check_target(json_file)
     with display.progress("capturing the model and counting what it computes"):
-        work, lengths = work_of_job(job)
+        work, lengths = work_of_job(job, machine.rates(1))
     planner = Planner(work, machine, job.compile.scheme, keep_gathered=job.compile.keep_gathered)
     found = {count: planner.plans(lengths, count) for count in counts}
     display.show_plans(found, work, lengths, machine, Console())
     if json_file is not None:
         everything = [dataclasses.asdict(each) for of_ranks in found.values() for each in of_ranks]
         with written_whole(json_file) as part:
-            content = {"hardware": dataclasses.asdict(machine), "lengths": lengths, "plans": everything}
+            content = {"hardware": machine.name, "lengths": lengths, "plans": everything}
             part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

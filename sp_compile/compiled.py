@@ -307,20 +307,22 @@ class Compiled:
             rows = rows[step.index_inputs["new_rows"].cpu().numpy()]
         sizes = variant.sizes(step, self._inputs)
         report = make_report(variant.program, variant.steps, step.layout, rows, sizes)
-        whole = step.cached or step.layout.sp == 1
-        if whole or len(variant.program.ran_by) != len(analysis.attentions(step.counted)):
+        spread = variant.program.parallel and step.layout.sp > 1 and not step.cached
+        if not spread or len(variant.program.ran_by) != len(analysis.attentions(step.counted)):
             return report
         formula = self._bytes_by_formula(variant.program, step, analysis)
         choices = list(self._choices(variant.program, step, analysis))
         return replace(report, bytes_by_formula=formula, choices=choices)
 
-    def _bytes_by_formula(self, program: Program, step: Step, analysis: Analysis) -> int:
+    def _bytes_by_formula(self, program: Program, step: Step, analysis: Analysis) -> int | None:
         """Bytes that attention and outputs bring to a rank."""
         layout, attentions = step.layout, analysis.attentions(step.counted)
         found = 0.0
         for attention, name in zip(attentions, program.ran_by, strict=True):
-            if name != "local":
-                found += self._predict(layout, attention, step.apart)[costs.priced_as(name)].bytes_in
+            by_strategy = self._predict(layout, attention, step.apart)
+            if name not in by_strategy:
+                return None
+            found += by_strategy[name].bytes_in
         if program.outputs == "full":
             outputs = work_of(analysis.program, attentions, step.apart).outputs
             found += (layout.sp - 1) * layout.shard_length * outputs

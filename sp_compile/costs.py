@@ -1,7 +1,7 @@
 """How long an attention takes by each strategy: bytes that cross, pairs that are computed, and what hides what.
 
-Times are those of the rank that is busiest. A prediction is for choosing, not for planning: what all strategies have
-in common is left out.
+Times are those of the rank that is busiest. What all strategies have in common is left out; :mod:`sp_compile.planning`
+adds it.
 """
 
 from __future__ import annotations
@@ -151,6 +151,9 @@ class _Case:
         there_and_back = self._sent(self._exchanged(lists, size), self.rates.link) + self.rates.latency
         return busiest + there_and_back + self._sent(self._keys_of_peers(), self.rates.between or self.rates.link)
 
+    def bytes_alone(self) -> float:
+        return 0.0
+
     def bytes_gathered(self) -> float:
         return self._others(self.layout.sp) * self.attention.crossing
 
@@ -204,7 +207,7 @@ class _Case:
     def _link(self, shared: bool = False) -> float:
         """Bytes per second that reach a rank from all others; ``shared`` comes once to each node, by all its links."""
         inside, between, sp = self.rates.link, self.rates.between, self.layout.sp
-        if between is None or self.nodes is None or sp <= self.nodes.size:
+        if between is None or between == inside or self.nodes is None or sp <= self.nodes.size:
             return inside
         if shared:
             return min(inside, between * self.nodes.size)
@@ -216,8 +219,10 @@ class _Case:
 
 
 PREDICTED: dict[str, tuple[Callable[[_Case], float], Callable[[_Case], float]]] = {
+    "local": (_Case.alone, _Case.bytes_alone),
     "allgather_kv": (_Case.all_gathered, _Case.bytes_gathered),
     "fetch": (_Case.fetched, _Case.bytes_fetched),
+    "window": (_Case.fetched, _Case.bytes_fetched),
     "ring": (_Case.ringed, _Case.bytes_fetched),
     "ulysses": (_Case.spread, _Case.bytes_spread),
     "hybrid": (_Case.spread_in_nodes, _Case.bytes_spread_in_nodes),
@@ -234,22 +239,19 @@ class Predicted(NamedTuple):
 def predicted(
     layout: TokenLayout, attention: Attention, apart: bool, rates: Rates, nodes: Nodes | None = None
 ) -> dict[str, Predicted]:
-    """What an attention takes by each strategy that it can run by, which on one rank is ``local``.
+    """What an attention takes by each strategy that it can run by: ``local`` where every request lies on one rank.
 
     Args:
         apart: no query sees another request.
         nodes: of the ranks, where they are known.
     """
     case = _Case(layout, attention, apart, rates, nodes)
-    if layout.sp == 1:
-        return {"local": Predicted(case.alone(), 0.0)}
     able = [name for name in PREDICTED if name in attention.applicable and (nodes or name != "hybrid")]
+    if apart and needs.whole_on_ranks(layout):
+        able = ["local", *able]
+    if layout.sp == 1:
+        able = ["local"]
     return {name: Predicted(*(each(case) for each in PREDICTED[name])) for name in able}
-
-
-def priced_as(name: str) -> str:
-    """The strategy whose formulas another has: a window's rows are fetched."""
-    return "fetch" if name == "window" else name
 
 
 def fastest(
@@ -264,7 +266,5 @@ def fastest(
         apart: no query sees another request.
         predict: what an attention takes by each strategy, as :func:`predicted` tells for some rates.
     """
-    if apart and needs.whole_on_ranks(layout):
-        return ("local",) * len(attentions)
     found = {each: predict(layout, each, apart) for each in {*attentions}}
     return tuple(min(found[each], key=lambda name: found[each][name].seconds) for each in attentions)

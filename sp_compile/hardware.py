@@ -80,8 +80,8 @@ def load_hardware(source: str) -> Hardware:
     Raises:
         ConfigError: no such file, or it lacks a rate, which is named, or has one that is no number.
     """
-    *_, (origin, content) = read_parts(source, "hardware")
-    return _checked(content, origin)
+    parts = read_parts(source, "hardware")
+    return _checked({name: each for part in parts for name, each in part.content.items()}, parts[-1].origin)
 
 
 def write_hardware(hardware: Hardware, path: Path) -> None:
@@ -122,6 +122,6 @@ def _value(name: str, value: Any, kind: str, origin: str) -> Any:
         raise ConfigError(f"{origin}: {name} is {value!r}, which no machine has")
     if not kind.startswith("int"):
         return number
-    if number != int(number):
+    if not number.is_integer():
         raise ConfigError(f"{origin}: {name} is {value!r}; expected a whole number")
     return int(number)

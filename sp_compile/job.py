@@ -17,6 +17,7 @@ from torch import nn
 from sp_compile.api import TOLERANCE, explain, parallelize
 from sp_compile.batch import PackedBatch, pack
 from sp_compile.config import JobConfig
+from sp_compile.costs import Rates
 from sp_compile.errors import ConfigError
 from sp_compile.inputs import forward_options, requests_alone
 from sp_compile.launch import launch
@@ -173,10 +174,16 @@ def explain_job(job: JobConfig) -> Report:
     return explain(model, batch, sp=job.run.sp, config=job.compile, device=device)
 
 
-def work_of_job(job: JobConfig) -> tuple[Work, list[int]]:
-    """What the job's model computes for a token, counted without weights and ranks; and its requests' lengths."""
+def work_of_job(job: JobConfig, rates: Rates) -> tuple[Work, list[int]]:
+    """What the job's model computes for a token, counted without weights and ranks; and its requests' lengths.
+
+    Args:
+        job: whose model and requests.
+        rates: by which it pays to compute something anew on other ranks.
+    """
     model, batch = load(job, "meta")
     parallel = ParallelModule(model, pretend(2 * RANKS_OF_NODE, RANKS_OF_NODE), job.compile)
+    parallel.rates = rates
     return parallel.work(batch), list(batch.lengths)
 
 

@@ -12,6 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from sp_compile import costs
 from sp_compile.errors import ConfigError
@@ -54,6 +55,20 @@ class Prediction:
     memory: float
     fits: bool
     sharded: bool = False
+
+
+class _Attention(NamedTuple):
+    """Of all layers: seconds, bytes that reach a rank, and the most of these in one layer."""
+
+    seconds: float
+    bytes_in: float
+    largest: float
+
+    @classmethod
+    def of(cls, layers: Sequence[tuple[costs.Predicted, int]]) -> _Attention:
+        """Layers of a kind with how many there are."""
+        seconds, bytes_in = (sum(each[i] * count for each, count in layers) for i in range(2))
+        return cls(seconds, bytes_in, max((each.bytes_in for each, _ in layers), default=0.0))
 
 
 @dataclass(frozen=True)
@@ -113,7 +128,7 @@ class Planner:
                 yield Prediction(kind, ranks, dp, sp, layouts[0].scheme, strategy, seconds, bytes_in, needed,
                                  needed <= self.hardware.capacity, sharded)  # fmt: skip
         seconds, bytes_in = (max(each) for each in zip(*(self._decode(each, ranks) for each in layouts), strict=True))
-        held = max(self.work.weights + self.work.keys * each.tokens / sp for each in layouts)
+        held = max(self.work.weights + self._held(each) for each in layouts)
         yield Prediction("decode", ranks, dp, sp, layouts[0].scheme, "as the cache", seconds, bytes_in, held,
                          held <= self.hardware.capacity)  # fmt: skip
 
@@ -138,22 +153,22 @@ class Planner:
         nodes = self.hardware.nodes(sp)
         return self.hardware.inside if nodes is None else min(self.hardware.inside, self.hardware.between * nodes.size)
 
-    def _attention(
-        self, layout: TokenLayout, ranks: int, rates: costs.Rates | None = None
-    ) -> dict[str, costs.Predicted]:
-        """All attentions by each strategy that is one for all of them, and by the best for each."""
-        rates, nodes, work = rates or self.hardware.rates(ranks), self.hardware.nodes(layout.sp), self.work
-        found = [
-            (costs.predicted(layout, each, work.apart, rates, nodes), count)
-            for each, count in Counter(work.attentions).items()
-        ]
-        best = [(min(by_strategy.values(), key=lambda each: each.seconds), count) for by_strategy, count in found]
-        names = [name for name in ("local", *costs.PREDICTED) if all(name in by_strategy for by_strategy, _ in found)]
-        chosen = {AUTO: best} | {name: [(by_strategy[name], count) for by_strategy, count in found] for name in names}
-        return {
-            name: costs.Predicted(sum(each.seconds * n for each, n in all_), sum(each.bytes_in * n for each, n in all_))
-            for name, all_ in chosen.items()
-        }
+    def _attention(self, layout: TokenLayout, ranks: int, rates: costs.Rates | None = None) -> dict[str, _Attention]:
+        """All attentions by each strategy that is one for all of them, and by the best for each.
+
+        Args:
+            rates: to be used once strategies are chosen; by default those that they are chosen by.
+        """
+        own, nodes, apart = self.hardware.rates(ranks), self.hardware.nodes(layout.sp), self.work.apart
+        found = []
+        for attention, count in Counter(self.work.attentions).items():
+            by_strategy = costs.predicted(layout, attention, apart, own, nodes)
+            least = min(by_strategy, key=lambda name: by_strategy[name].seconds)
+            if rates is not None:
+                by_strategy = costs.predicted(layout, attention, apart, rates, nodes)
+            found.append((by_strategy | {AUTO: by_strategy[least]}, count))
+        names = [name for name in (AUTO, *costs.PREDICTED) if all(name in by_strategy for by_strategy, _ in found)]
+        return {name: _Attention.of([(by_strategy[name], count) for by_strategy, count in found]) for name in names}
 
     def _training(self, layout: TokenLayout, ranks: int, sharded: bool) -> dict[str, tuple[float, float]]:
         hardware = self.hardware
@@ -179,25 +194,29 @@ class Planner:
         sp, requests = layout.sp, len(layout.lengths)
         rows = -(-requests // sp)
         products = rows * work.operations / hardware.products
-        read = (max(layout.tokens_per_rank) * work.keys + work.weights) / hardware.memory
+        read = (self._held(layout) + work.weights) / hardware.memory
         layers = len(work.attentions) * hardware.layer
         queries = sum(each.heads * each.dims * costs.WIDE for each in work.attentions)
         bytes_in = (sp - 1) * rows * (queries + work.outputs)
         sent = bytes_in / self._link(sp) + STEPS * len(work.attentions) * hardware.latency if sp > 1 else 0.0
         return (max(products, read) + layers) / share + sent, float(bytes_in)
 
+    def _held(self, layout: TokenLayout) -> float:
+        """Bytes of the cache on a rank, of layers with a window no more than that."""
+        found = 0.0
+        for each in self.work.attentions:
+            seen = [length if each.reach.back is None else min(length, each.reach.back) for length in layout.lengths]
+            found += sum(seen) * each.kv_heads * each.dims * each.itemsize
+        return found / layout.sp
+
     def _memory(self, kind: str, layout: TokenLayout, ranks: int, strategy: str, sharded: bool) -> float:
         work, rows = self.work, layout.shard_length
-        rates, nodes, gathered = self.hardware.rates(ranks), self.hardware.nodes(layout.sp), [0.0]
-        for attention in set(work.attentions):
-            found = costs.predicted(layout, attention, work.apart, rates, nodes)
-            least = min(found, key=lambda name: found[name].seconds)
-            gathered.append(found[least if strategy == AUTO else strategy].bytes_in)
+        gathered = self._attention(layout, ranks)[strategy]
         outputs = work.outputs * (layout.tokens if self.whole_outputs else len(layout.lengths))
         passing = 2 * rows * work.widest + outputs
         if kind == "prefill":
-            return work.weights + passing + max(gathered)
-        kept = max(gathered) * (len(work.attentions) if self.keep_gathered else 1)
+            return work.weights + passing + gathered.largest
+        kept = gathered.bytes_in if self.keep_gathered else gathered.largest
         states = STATES * work.weights / (ranks if sharded else 1)
         whole = work.weights / max(len(work.attentions), 1) if sharded else 0.0  # of the layer that computes
         return states + whole + rows * work.saved + passing + kept

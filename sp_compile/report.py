@@ -73,9 +73,9 @@ class Report:
         isolation: what the pass ``isolate_requests`` did to keep the requests apart; empty where the model does itself.
         fallbacks: ops on gathered inputs, attention that was not raised and masks that were not lifted.
         steps: what each pass did; with text of the graph only from ``explain``.
-        bytes_by_formula: that reach the rank which gets most, for attention by its strategies and for outputs; None
-            beside a cache.
-        choices: which strategies could have run attention; none beside a cache.
+        bytes_by_formula: that reach the rank which gets most, for attention by its strategies and for outputs, but not
+            between ranks of tensor parallelism; None on one rank, beside a cache, and where tokens are not spread.
+        choices: which strategies could have run attention; none where there are no ``bytes_by_formula``.
     """
 
     sp: int

@@ -355,10 +355,11 @@ class ParallelModule(nn.Module):
         tokens = token_input(named)[1]
         inputs = _index_inputs(layout, self.group, tokens.device)
         if self._differentiates or self.training:
-            inputs = {**inputs, "seed": fresh_seed(self.group, tokens.device)}
+            inputs = {**inputs, "seed": fresh_seed(self.module, self.group, tokens.device)}
         step = Step(layout, inputs, self._promised(named, layout), outputs=self.compile_config.outputs)
         strategies = [each for each in self.pipeline if isinstance(each, ShardAttention)]
-        counted = any(each.reads_reach for each in strategies) and step.apart and positions_count(named)
+        reads = self._explained is not None or any(each.reads_reach for each in strategies)
+        counted = reads and step.apart and positions_count(named)
         chooses = next((each for each in strategies if each.chooses and self.group.size > 1), None)
         return replace(step, counted=counted, asked=None if chooses is None else chooses.asked)
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from sp_compile import fingerprint
 from sp_compile.dynamo.shards import local_value
@@ -14,13 +15,19 @@ from sp_compile.errors import BatchError, UnsupportedModelError
 from sp_compile.mesh import Group
 
 
-def fresh_seed(group: Group, device: torch.device) -> torch.Tensor:
-    """A seed for dropout out of rank 0's default generator, int64 without dims, the same on every rank."""
-    seed = torch.randint(2**62, (), dtype=torch.int64)
-    if group.size > 1 and group.process_group is not None:
-        seed = seed.to(device)
-        dist.broadcast(seed, group=group.process_group, group_src=0)
-    return seed.to(device)
+def fresh_seed(module: nn.Module, group: Group, device: torch.device) -> torch.Tensor:
+    """A seed for dropout, int64 without dims: of the first rank's default generator, on all of sp and tp the same."""
+    seed = torch.randint(2**62, (), dtype=torch.int64).to(device)
+    sp = group.process_group if group.size > 1 else None
+    for each in (*([sp] if sp is not None else []), *tensor_parallel_groups(module)):
+        dist.broadcast(seed, group=each, group_src=0)
+    return seed
+
+
+def tensor_parallel_groups(module: nn.Module) -> list[dist.ProcessGroup]:
+    """The groups that a model's weights are cut over."""
+    meshes = (each.device_mesh for each in module.parameters() if isinstance(each, DTensor))
+    return list({each.get_group(0).group_name: each.get_group(0) for each in meshes if each.ndim == 1}.values())
 
 
 def check_weights(module: nn.Module, group: Group) -> None:

@@ -12,6 +12,7 @@ from torch import fx
 
 from sp_compile.collectives import is_heavy, is_product, multiplications
 from sp_compile.costs import Attention
+from sp_compile.errors import CaptureError
 from sp_compile.placements import Shard
 from sp_compile.program import Program, placement
 from sp_compile.symbols import is_tensor, known_size, token_dims
@@ -57,7 +58,12 @@ def work_of(program: Program, attentions: Sequence[Attention], apart: bool) -> W
         program: after ``propagate_placements``.
         attentions: described from it.
         apart: as in :class:`Work`.
+
+    Raises:
+        CaptureError: the model fixes the token length, so that nothing can be told of one token.
     """
+    if program.tokens is None:
+        raise CaptureError("the model fixes the token length, so that what a token takes cannot be counted")
 
     def of_token(size: Any) -> int:
         return known_size(size, {program.tokens: 1}) or 1
@@ -67,6 +73,9 @@ def work_of(program: Program, attentions: Sequence[Attention], apart: bool) -> W
         tensors = value if isinstance(value, (tuple, list)) else [value]
         found = [each for each in tensors if isinstance(each, torch.Tensor)]
         return float(sum(math.prod(of_token(dim) for dim in each.shape) * each.element_size() for each in found))
+
+    def of_tokens(node: fx.Node) -> bool:
+        return bool(token_dims(node, program.tokens))
 
     operations = {"spread": 0.0, "head": 0.0, "repeated": 0.0}
     heads = _heads(program)
@@ -79,7 +88,7 @@ def work_of(program: Program, attentions: Sequence[Attention], apart: bool) -> W
         traffic += moved
         widest = max(widest, moved) if node not in heads else widest
         read.update(values)
-        if is_product(node) and token_dims(node, program.tokens):
+        if is_product(node) and of_tokens(node):
             spread = isinstance(placement(node), Shard)
             of_node = 2.0 * multiplications(node, of_token)
             operations["spread" if spread else "repeated"] += of_node
@@ -92,7 +101,7 @@ def work_of(program: Program, attentions: Sequence[Attention], apart: bool) -> W
         traffic=traffic,
         widest=widest,
         saved=sum(map(size, read)),
-        outputs=sum(map(size, program.graph.output_node().all_input_nodes)),
+        outputs=sum(size(each) for each in program.graph.output_node().all_input_nodes if of_tokens(each)),
         keys=float(sum(each.kv_heads * each.dims * each.itemsize for each in attentions)),
         weights=float(sum(each.numel() * each.element_size() for each in weights)),
         parameters=sum(each.numel() for each in weights),

@@ -42,8 +42,9 @@ class Cut(Plain):
 
     VOCABULARY, PADDING = 131, 100
 
-    def __init__(self) -> None:
+    def __init__(self, dropped: str = "") -> None:
         super().__init__()
+        self.dropped = dropped
         width = self.embed.embedding_dim
         self.embed = nn.Embedding(self.VOCABULARY, width, padding_idx=self.PADDING)
         self.place = nn.Embedding(64, width)
@@ -59,12 +60,16 @@ class Cut(Plain):
         batch, length, width = x.shape
         y, shape = self.norms[i](x), (batch, length, -1, width // self.heads)
         q, k, v = (each[i](y).view(shape).transpose(1, 2) for each in (self.q, self.k, self.v))
+        if self.dropped == "queries":
+            q = F.dropout(q, 0.3)
         seen = F.scaled_dot_product_attention(self.of_heads(q), self.of_heads(k), v, is_causal=True, enable_gqa=True)
         return x + self.out[i](seen.transpose(1, 2).reshape(batch, length, -1))
 
     def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> Any:
         """Loss and logits."""
         x = self.embed(input_ids) + self.place(torch.arange(input_ids.shape[1], device=input_ids.device))
+        if self.dropped == "embeddings":
+            x = F.dropout(x, 0.3)
         for i in self.qkv:
             x = self.layer(x, i)
         logits = self.head(x)
@@ -81,10 +86,10 @@ CUT_PLAN = {
 }
 
 
-def cut() -> Cut:
+def cut(dropped: str = "") -> Cut:
     """A whole one, of random weights in fp64."""
     torch.manual_seed(0)
-    model = Cut()
+    model = Cut(dropped)
     randomize(model)
     return model.double()
 
@@ -111,6 +116,19 @@ def cut_step(sp: int, fsdp: bool, **config: Any) -> dict[str, torch.Tensor]:
     return whole(plain_step(parallel, padded_batch()))
 
 
+def dropped_step(dropped: str, sp: int, seed: int) -> dict[str, torch.Tensor] | str:
+    """A step with dropout on (sp, 2) ranks, or without ranks for sp=0; generators of all ranks but the first differ."""
+    model: Any = cut(dropped)
+    mesh = dist.init_device_mesh("cpu", (sp, 2), mesh_dim_names=("sp", "tp")) if sp else None
+    if mesh is not None:
+        parallelize_module(model, mesh["tp"], CUT_PLAN)
+    parallel = sp_compile.parallelize(model, 1 if mesh is None else None, mesh=mesh and mesh["sp"], codegen="eager")
+    torch.manual_seed(seed + (dist.get_rank() if mesh is not None else 0))
+    found: dict[str, torch.Tensor] = {}
+    raised = told(lambda: found.update(plain_step(parallel, padded_batch())))
+    return whole(found) if raised == "nothing" else raised
+
+
 def llama_step(name: str, plan: str) -> tuple[dict[str, torch.Tensor], list[int], str]:
     """A step on (2, 2) ranks of sp and tp, tokens that are generated, and the report."""
     mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("sp", "tp"))
@@ -125,7 +143,7 @@ def llama_step(name: str, plan: str) -> tuple[dict[str, torch.Tensor], list[int]
 
 
 def what_is_refused() -> list[str]:
-    """What plans that cannot be joined raise, a loss of a part of the logits, and weights that are spread twice."""
+    """What plans without a local form raise, a loss or outputs of a part of the logits, and weights spread twice."""
     mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("sp", "tp"))
 
     def raised(model: nn.Module, plan: Mapping[str, Any], step: Callable[..., object]) -> str:
@@ -136,6 +154,11 @@ def what_is_refused() -> list[str]:
     return [
         *(raised(built("Llama"), PLANS[plan], stepped) for plan in ("norms by tokens", "DTensors inside")),
         raised(cut(), {**CUT_PLAN, "head": ColwiseParallel()}, plain_step),
+        raised(
+            built("Llama").eval(),
+            {"lm_head": ColwiseParallel(use_local_output=False)},
+            lambda model, batch: model(input_ids=batch["input_ids"]),
+        ),
         told(lambda: sp_compile.parallelize(spread, mesh=mesh["sp"])),
     ]
 

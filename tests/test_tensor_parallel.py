@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.cut import cut, cut_step, llama_step, padded_batch, twice_summed, what_is_refused
+from tests.cut import cut, cut_step, dropped_step, llama_step, padded_batch, twice_summed, what_is_refused
 from tests.test_training import EXACT, ROUNDED
 from tests.training import apart, batch_of, built, plain_step, stepped
 
@@ -26,6 +26,15 @@ def test_gradients_are_those_of_the_whole_model(ranks, sp: int, fsdp: bool, conf
     expected = plain_step(cut(), padded_batch())
     for found in ranks(2 * sp).run(cut_step, sp, fsdp, timeout=900, **config):
         assert apart(found, expected) <= EXACT
+
+
+def test_dropout_is_that_of_the_whole_model_or_refused(ranks):
+    expected = dropped_step("embeddings", 0, 7)
+    for sp in (1, 2):
+        for found in ranks(2 * sp).run(dropped_step, "embeddings", sp, 7):
+            assert apart(found, expected) <= EXACT
+    for found in ranks(2).run(dropped_step, "queries", 1, 7):
+        assert found.startswith("CaptureError: dropout at tests/cut.py:")
 
 
 @pytest.mark.parametrize(
@@ -47,12 +56,13 @@ def test_models_of_transformers_train_and_generate(ranks, name: str, plan: str):
 
 
 def test_what_has_no_local_form_is_refused_by_name(ranks):
-    for norms, inside, logits, spread in ranks(4).run(what_is_refused):
+    for norms, inside, logits, returned, spread in ranks(4).run(what_is_refused):
         assert logits.startswith("CaptureError: the loss is computed from a part of the logits")
         assert norms.startswith("CaptureError: ")
         assert "local tensors of all tokens" in norms
         assert inside.startswith("CaptureError: ")
         assert "let modules return local tensors" in inside
+        assert "the model returns a value that is spread over ranks" in returned
         assert "fully_shard goes around what parallelize returns" in spread
 
 

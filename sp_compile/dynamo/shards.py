@@ -70,6 +70,10 @@ class _Local:
     def _copy(self) -> None:
         node = self._node
         if node.op == "output":
+            if any(
+                isinstance(self._spread.get(each), Shard) for each in node.all_input_nodes if _placed(each) is not None
+            ):
+                raise self._refused("the model returns a value that is spread over ranks; let it return local tensors")
             self.graph.output(fx.map_arg(node.args[0], self._own.__getitem__))
         elif node.op == "placeholder" and is_mesh(node.meta.get("example_value")):
             return
