@@ -117,7 +117,7 @@ def test_windows_and_requests_that_lie_whole_on_a_rank_cost_what_they_cost(work:
     small = dataclasses.replace(work, attentions=tuple(window))
     decode = next(each for each in Planner(small, free(memory=1e3)).plans([4000], 2) if each.kind == "decode")
     assert decode.memory == work.weights + 100 * work.keys / 2
-    layout = token_layout((50, 50), 2, "whole", min_shard_length=2)
+    layout = token_layout((50,) * 8, 2, "whole", min_shard_length=2)
     found = Planner(work, free(latency=1.0)).prefill(layout, 2)
     assert found["auto"][0] == found["local"][0] == 0
     assert found["allgather_kv"][0] > 0
