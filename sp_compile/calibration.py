@@ -31,7 +31,7 @@ from sp_compile.work import Work
 
 RATES = ("products", "attention", "inside")  # amounts over these
 TIMES = ("latency", "part", "layer")  # amounts times these
-FEWEST = 2 * (len(RATES) + len(TIMES))  # points, of which every other one is read off
+FEWEST = 2 * (len(RATES) + len(TIMES))  # jobs, of which half are read off
 WITHIN = 0.2
 COPIED = 1 << 24  # elements of fp32
 
