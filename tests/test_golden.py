@@ -125,7 +125,7 @@ HEAD_DIM = 16  # a GPU's FlexAttention takes no smaller
 def test_the_graph_for_a_gpu_has_block_masks_and_nothing_of_the_whole_sequence_but_keys(strategy: str):
     """No device is needed: shapes are those of the local graph on the meta device."""
     torch._dynamo.reset()
-    sizes = {**SIZES, "hidden_size": 4 * HEAD_DIM, "head_dim": HEAD_DIM}
+    sizes = {**SIZES, "hidden_size": 6 * HEAD_DIM, "head_dim": HEAD_DIM}
     with torch.device("meta"):
         config = transformers.LlamaConfig(num_hidden_layers=2, **sizes)
         model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
@@ -140,4 +140,4 @@ def test_the_graph_for_a_gpu_has_block_masks_and_nothing_of_the_whole_sequence_b
     assert max(map(len, whole)) == 1  # never queries by keys
     widths = [int(sizes.split(", ")[-1]) for (_, sizes), each in zip(values, whole, strict=True)
               if each and sizes.split(", ")[-1].isdigit()]  # fmt: skip
-    assert max(widths, default=0) <= 2 * 2 * HEAD_DIM  # keys and values of both heads, not the hidden state's 64
+    assert max(widths, default=0) <= 2 * 2 * HEAD_DIM  # keys and values of both heads, not the hidden state
