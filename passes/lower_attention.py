@@ -79,7 +79,7 @@ class _Lowering:
         """Replace one attention node; new nodes go in front of it."""
         args = ops.AttentionArgs(*node.args)
         score, mask = (self._function(args, output) for output in ("score", "mask"))
-        tile, with_lse = _tile(args, self._kind(args)), ops.attention_part(node, 1) is not None
+        tile, with_lse = _tile(args, self._on_cpu(args)), ops.attention_part(node, 1) is not None
         options = {**OPTIONS, **tile, "OUTPUT_LOGSUMEXP": with_lse}
         # code for CPUs takes its inputs for tensors of four dims in memory, which views of products or gathers are not
         q, k, v = args.q, args.k, args.v
@@ -157,11 +157,10 @@ class _Lowering:
 
     def _fills_up(self, args: ops.AttentionArgs) -> bool:
         """Whether keys are filled up to a number that the device's code computes right."""
-        return self._kind(args) == "cpu"
+        return self._on_cpu(args)
 
-    def _kind(self, args: ops.AttentionArgs) -> str:
-        """Of the device that code is for."""
-        return self.program.device or str(args.q.meta["val"].device.type)
+    def _on_cpu(self, args: ops.AttentionArgs) -> bool:
+        return self.program.device_kind(args.q) == "cpu"
 
     def _captured(self, tensor: fx.Node, dims: tuple[int, ...], keys: int = -1) -> fx.Node:
         return self._once(torch.ops.sp_compile.captured.default, tensor, list(dims), keys)
@@ -172,13 +171,13 @@ class _Lowering:
         """The block mask as the op takes it, in the order that this torch has."""
         assert args.plan is not None
         plan, device = self._once(aten.unsqueeze.default, args.plan, 1), args.q.meta["val"].device
-        if self._kind(args) != "cpu":
+        if not self._on_cpu(args):
             plan = self._once(aten.to.device, plan, device, torch.int32)
         parts = []
         for i in range(2):  # partial and full blocks
             listed = self._once(aten.select.int, plan, 3, i)
             parts += [self._once(aten.select.int, listed, 3, 0), self._once(aten.slice.Tensor, listed, 3, 1)]
-        if self._kind(args) == "cpu":
+        if self._on_cpu(args):
             parts = [self._once(aten.clone.default, each) for each in parts]
         else:  # code for GPUs takes the one head's stride for that of the rows, which it is not in a clone's layout
             parts = [self._captured(each, (0, 1, 2, 3)[: 3 + i % 2]) for i, each in enumerate(parts)]
@@ -198,10 +197,10 @@ class _Lowering:
         return self.made[key]
 
 
-def _tile(args: ops.AttentionArgs, device: str) -> dict[str, int]:
+def _tile(args: ops.AttentionArgs, on_cpu: bool) -> dict[str, int]:
     """Queries and keys that a GPU computes at a time, where torch has no choice of its own that fits."""
     q, v = args.q.meta["val"], args.v.meta["val"]
-    large = device != "cpu" and max(q.shape[-1], v.shape[-1]) > LARGE
+    large = not on_cpu and max(q.shape[-1], v.shape[-1]) > LARGE
     return LARGE_TILES[q.element_size()] if large else {}
 
 

@@ -142,39 +142,38 @@ def _shards(program: Program, group: str) -> None:
     Raises:
         CaptureError: the loss is one of a shard, or shards have dropout, which would draw the same in all.
     """
-    in_shards: set[fx.Node] = set()
-    drawn: set[fx.Node] = set()  # by the seed
-    recorded: set[fx.Node] = set()
+    graph = program.graph
+    inputs = graph.find_nodes(op="placeholder")
+    in_shards = {each for each in inputs if group in each.meta.get("tensor_group", ())}
+    recorded = {each for each in inputs if each.meta.get("requires_grad")}
+    drawn = {each for each in inputs if each.meta.get("index_input") == "seed"}  # by the seed, and by nothing else
     read: dict[fx.Node, fx.Node] = {}
-    for node in list(program.graph.nodes):
-        if node.op == "placeholder":
-            in_shards |= {node} if group in node.meta.get("tensor_group", ()) else set()
-            recorded |= {node} if node.meta.get("requires_grad") else set()
-            drawn |= {node} if node.meta.get("index_input") == "seed" else set()
-            continue
-        inputs = node.all_input_nodes
-        if node.op == "output":
-            for each in inputs:
-                if each in in_shards and each in recorded and not shape_of(_before_sums(each)):
-                    raise CaptureError(_OF_A_SHARD)
-            continue
-        if not drawn.isdisjoint(inputs) and in_shards.isdisjoint(inputs) and recorded.isdisjoint(inputs):
-            drawn.add(node)
-        if not recorded.isdisjoint(inputs) and ("val" not in node.meta or is_float(node)):
+    for node in [each for each in graph.nodes if each.op == "call_function"]:
+        sources = node.all_input_nodes
+        if not recorded.isdisjoint(sources) and ("val" not in node.meta or is_float(node)):
             recorded.add(node)
         if node.target in _JOINING and node.args[-1] == group:
             node.target = _JOINING[node.target]
-        elif not in_shards.isdisjoint(inputs):
+        elif not in_shards.isdisjoint(sources):
             in_shards.add(node)
-            if not drawn.isdisjoint(inputs):
+            if not drawn.isdisjoint(sources):
                 raise CaptureError(_DRAWN_IN_SHARDS.format(where=source_line(node) or "no source line"))
-            for each in inputs:
-                if each in recorded and each not in in_shards:
-                    if each not in read:
-                        with program.graph.inserting_before(node):
-                            read[each] = program.graph.call_function(gradients.read_by_shards, (each, group))
-                        read[each].meta.update(each.meta)
-                    node.replace_input_with(each, read[each])
+            for each in [each for each in sources if each in recorded and each not in in_shards]:
+                node.replace_input_with(each, _read_by_shards(each, node, group, read))
+        elif not drawn.isdisjoint(sources) and recorded.isdisjoint(sources):
+            drawn.add(node)
+    for each in in_shards & recorded & {*graph.output_node().all_input_nodes}:
+        if not shape_of(_before_sums(each)):
+            raise CaptureError(_OF_A_SHARD)
+
+
+def _read_by_shards(value: fx.Node, reader: fx.Node, group: str, made: dict[fx.Node, fx.Node]) -> fx.Node:
+    """The value as shards are computed from it, made once for all that read it, the first of which is ``reader``."""
+    if value not in made:
+        with reader.graph.inserting_before(reader):
+            made[value] = reader.graph.call_function(gradients.read_by_shards, (value, group))
+        made[value].meta.update(value.meta)
+    return made[value]
 
 
 def _before_sums(node: fx.Node) -> fx.Node:

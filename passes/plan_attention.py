@@ -91,7 +91,7 @@ def _need(program: Program, node: fx.Node) -> Need:
     args = ops.AttentionArgs(*node.args)
     q, v = (each.meta["val"] for each in (args.q, args.v))
     return Need(
-        device=program.device or q.device.type,
+        device=program.device_kind(args.q),
         dtype=q.dtype,
         head_dim=int(q.shape[-1]),
         value_dim=int(v.shape[-1]),

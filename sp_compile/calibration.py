@@ -24,9 +24,9 @@ from sp_compile.errors import ConfigError
 from sp_compile.hardware import Hardware
 from sp_compile.job import work_of_job
 from sp_compile.layout import token_layout
-from sp_compile.measure import seconds
-from sp_compile.planning import Planner
-from sp_compile.sweep import DONE
+from sp_compile.measure import least_seconds
+from sp_compile.planning import AUTO, Planner
+from sp_compile.sweep import DONE, told
 from sp_compile.work import Work
 
 RATES = ("products", "attention", "inside")  # amounts over these
@@ -83,7 +83,7 @@ class _Job:
         found = planner.prefill(layout, sp)
         strategy = self.config.compile.attention if sp > 1 else "local"
         if strategy not in found:
-            raise ConfigError(f"there is no prediction for {_told(self.point)}: attention by {strategy} is not one")
+            raise ConfigError(f"there is no prediction for {told(self.point)}: attention by {strategy} is not one")
         return found[strategy][0]
 
 
@@ -145,16 +145,12 @@ def _jobs(done: Sequence[Mapping[str, Any]]) -> list[_Job]:
 
 def _check_fixed(point: Mapping[str, Any], compiled: Mapping[str, Any]) -> None:
     """A job has to say how it ran, for a prediction to be one of it."""
-    for name, chosen in (("attention", "auto"), ("scheme", "auto"), ("pipeline", None)):
-        if (compiled[name] is not None) if chosen is None else (compiled[name] == chosen):
-            raise ConfigError(
-                f"compile.{name} of {_told(point)} is {compiled[name]!r}; rates are read off jobs with the usual "
-                "pipeline and a strategy and a scheme that are named"
-            )
-
-
-def _told(point: Mapping[str, Any]) -> str:
-    return " ".join(f"{name}={each}" for name, each in point.items())
+    unsaid = [name for name in ("attention", "scheme") if compiled[name] == AUTO]
+    for name in unsaid if compiled["pipeline"] is None else [*unsaid, "pipeline"]:
+        raise ConfigError(
+            f"compile.{name} of {told(point)} is {compiled[name]!r}; rates are read off jobs with the usual pipeline "
+            "and a strategy and a scheme that are named"
+        )
 
 
 def _solver() -> Any:
@@ -191,7 +187,7 @@ def _memory_rate() -> float:
     """Bytes per second that a copy reads and writes."""
     a = torch.zeros(COPIED)
     b = torch.empty_like(a)
-    return 2 * a.nbytes / min(seconds(lambda: b.copy_(a), a.device, lambda: None) for _ in range(5))
+    return 2 * a.nbytes / least_seconds(lambda: b.copy_(a), a.device)
 
 
 def _with(hardware: Hardware, values: Mapping[str, Any]) -> Hardware:

@@ -49,13 +49,14 @@ class Captured:
         self._gm = gm
         self._traced: fx.GraphModule | None = None
         self._records = torch.is_grad_enabled()
-        for node in _placeholders(gm):
+        placeholders = _placeholders(gm)
+        self._in_shards = any(isinstance(node.meta.get("example_value"), DTensor) for node in placeholders)
+        for node in placeholders:
             _source(node)
 
-    @staticmethod
-    def inputs(values: Sequence[Any]) -> list[Any]:
+    def inputs(self, values: Sequence[Any]) -> Sequence[Any]:
         """What programs take, of what Dynamo calls the graph with: local shards, and no meshes."""
-        return [local_value(each) for each in values if not is_mesh(each)]
+        return [local_value(each) for each in values if not is_mesh(each)] if self._in_shards else values
 
     def program(self, sp: int, group_name: str, outputs: str) -> Program:
         """A program of its own, for passes to rewrite.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -167,9 +168,7 @@ def plan(
     display.show_plans(found, work, lengths, machine, Console())
     if json_file is not None:
         everything = [dataclasses.asdict(each) for of_ranks in found.values() for each in of_ranks]
-        with written_whole(json_file) as part:
-            content = {"hardware": machine.name, "lengths": lengths, "plans": everything}
-            part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        _write({"hardware": machine.name, "lengths": lengths, "plans": everything}, json_file)
 
 
 @app.command()
@@ -202,5 +201,9 @@ def write_json(result: JobResult | GenerationResult, target: Path) -> None:
     Raises:
         ConfigError: the directory does not take it.
     """
+    _write(dataclasses.asdict(result) | {"ok": result.ok}, target)
+
+
+def _write(content: Mapping[str, Any], target: Path) -> None:
     with written_whole(target) as part:
-        part.write_text(json.dumps(dataclasses.asdict(result) | {"ok": result.ok}, indent=2) + "\n", encoding="utf-8")
+        part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

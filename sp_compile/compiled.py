@@ -217,6 +217,21 @@ def _described(site: Site, cuts: Cuts) -> costs.Attention:
     )
 
 
+def _choices(
+    attentions: Sequence[costs.Attention],
+    ran_by: Sequence[str],
+    reasons: Sequence[dict[str, str]],
+    found: Mapping[costs.Attention, Mapping[str, costs.Predicted]],
+) -> Iterator[Choice]:
+    """What each strategy would take, and why others cannot run, attentions of a kind together."""
+    kinds: dict[tuple[costs.Attention, str], list[int]] = {}
+    for i, kind in enumerate(zip(attentions, ran_by, strict=True)):
+        kinds.setdefault(kind, []).append(i)
+    for (attention, name), numbers in kinds.items():
+        by_time = sorted(found[attention].items(), key=lambda each: each[1].seconds)
+        yield Choice(numbers, name, {each: taken.seconds for each, taken in by_time}, reasons[numbers[0]])
+
+
 class Compiled:
     """A captured graph, ready to run: as it is, and with its requests isolated or with a cache once that is needed.
 
@@ -308,36 +323,19 @@ class Compiled:
         sizes = variant.sizes(step, self._inputs)
         report = make_report(variant.program, variant.steps, step.layout, rows, sizes)
         spread = variant.program.parallel and step.layout.sp > 1 and not step.cached
-        if not spread or len(variant.program.ran_by) != len(analysis.attentions(step.counted)):
+        attentions, ran_by = analysis.attentions(step.counted), variant.program.ran_by
+        if not spread or len(ran_by) != len(attentions):
             return report
-        formula = self._bytes_by_formula(variant.program, step, analysis)
-        choices = list(self._choices(variant.program, step, analysis))
-        return replace(report, bytes_by_formula=formula, choices=choices)
+        found = {each: self._predict(step.layout, each, step.apart) for each in {*attentions}}
+        ran = [found[each].get(name) for each, name in zip(attentions, ran_by, strict=True)]
+        choices = _choices(attentions, ran_by, analysis.refused(step.counted), found)
+        return replace(report, bytes_by_formula=self._bytes(ran, variant.program, step), choices=list(choices))
 
-    def _bytes_by_formula(self, program: Program, step: Step, analysis: Analysis) -> int | None:
-        """Bytes that attention and outputs bring to a rank."""
-        layout, attentions = step.layout, analysis.attentions(step.counted)
-        found = 0.0
-        for attention, name in zip(attentions, program.ran_by, strict=True):
-            by_strategy = self._predict(layout, attention, step.apart)
-            if name not in by_strategy:
-                return None
-            found += by_strategy[name].bytes_in
-        if program.outputs == "full":
-            outputs = work_of(analysis.program, attentions, step.apart).outputs
-            found += (layout.sp - 1) * layout.shard_length * outputs
-        return round(found)
-
-    def _choices(self, program: Program, step: Step, analysis: Analysis) -> Iterator[Choice]:
-        """What each strategy would take, and why others cannot run, attentions of a kind together."""
-        described = zip(analysis.attentions(step.counted), program.ran_by, analysis.refused(step.counted), strict=True)
-        kinds: dict[tuple[costs.Attention, str], tuple[list[int], dict[str, str]]] = {}
-        for i, (attention, name, reasons) in enumerate(described):
-            kinds.setdefault((attention, name), ([], reasons))[0].append(i)
-        for (attention, name), (numbers, reasons) in kinds.items():
-            found = self._predict(step.layout, attention, step.apart)
-            seconds = {each: found[each].seconds for each in sorted(found, key=lambda each: found[each].seconds)}
-            yield Choice(numbers, name, seconds, reasons)
+    def _bytes(self, ran: Sequence[costs.Predicted | None], program: Program, step: Step) -> int | None:
+        """Bytes that attentions, as they ran, and outputs bring to a rank."""
+        known = [each.bytes_in for each in ran if each is not None]
+        outputs = (step.layout.sp - 1) * step.layout.shard_length * self.work(step).outputs
+        return round(sum(known) + (outputs if program.outputs == "full" else 0)) if len(known) == len(ran) else None
 
     def work(self, step: Step) -> Work:
         """What the graph computes for a token."""

@@ -27,9 +27,15 @@ CHOICES = {
     "cache_dtype": (None, "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"),
 }
 Config = TypeVar("Config", "CompileConfig", "JobConfig")
-AT_LEAST_1 = ("sp", "ranks_per_node", "repeats", "max_requests", "max_tokens", "max_new_tokens", "prefill_tokens")
+AT_LEAST_1 = ("sp", "ranks_per_node", "repeats", "lengths", "max_requests", "max_tokens", "max_new_tokens",
+              "prefill_tokens")  # fmt: skip
 
 RATES = ("link_rate", "compute_rate")
+
+
+def _least(value: Any) -> Any:
+    """A number, or the least of some; 0 where there are none."""
+    return min(value, default=0) if isinstance(value, list) else value
 
 
 class _Checked:
@@ -41,10 +47,8 @@ class _Checked:
                 raise ConfigError(f"{name}={value!r} is not known; pass one of {', '.join(map(str, CHOICES[name]))}")
             if name in RATES and value is not None and not value > 0:
                 raise ConfigError(f"{name}={value!r} is no rate; pass a number above 0")
-            if name in AT_LEAST_1 and value is not None and value < 1:
+            if name in AT_LEAST_1 and value is not None and _least(value) < 1:
                 raise ConfigError(f"{name}={value!r} is too small; pass at least 1")
-            if name == "lengths" and value is not None and (not value or min(value) < 1):
-                raise ConfigError(f"lengths={value!r} is no batch; pass a length of at least 1 for each request")
 
 
 @dataclass

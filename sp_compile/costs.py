@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from sp_compile import needs
 from sp_compile.heads import HeadLists, head_lists
 from sp_compile.layout import TokenLayout
-from sp_compile.measure import seconds
+from sp_compile.measure import least_seconds
 from sp_compile.mesh import Group, Nodes
 from sp_compile.needs import Reach
 
@@ -70,24 +70,20 @@ def measured_rates(group: Group, device: torch.device, dtype: torch.dtype) -> Ra
     known = rates_of(device)
     a = torch.full((1024, 1024), 0.5, device=device, dtype=dtype)
     found = torch.tensor(
-        [known.link, 2 * 1024**3 / _seconds(lambda: a @ a, device), known.latency], dtype=torch.float64
+        [known.link, 2 * 1024**3 / least_seconds(lambda: a @ a, device), known.latency], dtype=torch.float64
     )
     if group.size > 1:
         part = torch.zeros(SAMPLE, device=device)
         whole = part.new_empty(group.size * SAMPLE)
         bytes_in = (group.size - 1) * SAMPLE * part.element_size()
-        long = _seconds(lambda: dist.all_gather_into_tensor(whole, part, group=group.process_group), device)
+        long = least_seconds(lambda: dist.all_gather_into_tensor(whole, part, group=group.process_group), device)
         few, short = part[:8], whole[: 8 * group.size]
-        found[2] = _seconds(lambda: dist.all_gather_into_tensor(short, few, group=group.process_group), device)
+        found[2] = least_seconds(lambda: dist.all_gather_into_tensor(short, few, group=group.process_group), device)
         found[0] = bytes_in / max(long - float(found[2]), 1e-9)
         found = found.to(device)
         dist.broadcast(found, group=group.process_group, group_src=0)
     link, compute, latency = found.tolist()
     return replace(known, link=link, compute=compute, latency=latency)
-
-
-def _seconds(run: Callable[[], Any], device: torch.device) -> float:
-    return min(seconds(run, device, lambda: None) for _ in range(5))
 
 
 class Attention(NamedTuple):

@@ -20,7 +20,7 @@ from sp_compile.job import JobResult
 from sp_compile.pipeline import Pass
 from sp_compile.planning import Prediction, best
 from sp_compile.report import Report
-from sp_compile.sweep import DONE, Point, Show, flat_rows
+from sp_compile.sweep import DONE, Point, Show, flat_rows, told
 from sp_compile.work import Work
 
 COLOURS = {"+": "green", "-": "red", "@": "cyan"}
@@ -46,8 +46,8 @@ def points() -> Iterator[Show]:
         task = bar.add_task("points", total=None)
 
         def show(done: int, total: int, point: Point | None) -> None:
-            told = "points" if point is None else " ".join(f"{name}={each}" for name, each in point.values.items())
-            bar.update(task, completed=done, total=total, description=told)
+            text = "points" if point is None else told(point.values)
+            bar.update(task, completed=done, total=total, description=text)
 
         yield show
 

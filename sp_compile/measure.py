@@ -33,6 +33,11 @@ def seconds(run: Callable[[], Any], device: torch.device, before: Callable[[], N
     return time.perf_counter() - start
 
 
+def least_seconds(run: Callable[[], Any], device: torch.device) -> float:
+    """The least wall-clock seconds of five runs, for rates that a machine can reach."""
+    return min(seconds(run, device, lambda: None) for _ in range(5))
+
+
 def write_timeline(run: Callable[[], Any], path: Path, device: torch.device) -> None:
     """Write what ``run()`` does when, in the format of Chrome's trace viewer, which Perfetto opens."""
     from torch.profiler import ProfilerActivity, profile

@@ -13,7 +13,7 @@ import numpy as np
 
 from sp_compile.layout import token_layout
 from sp_compile.pipeline import PassStep, registered_passes
-from sp_compile.report import Choice, Report, strategies_text
+from sp_compile.report import Report, numbers_text, strategies_text
 
 RANKS = 64  # that are drawn and listed; of more, these many spread evenly
 WIDTH, LINE = 1200, 14  # of the picture, and of a rank in it
@@ -42,15 +42,9 @@ def page(report: Report, title: str) -> str:
         layout=_picture(report, shown),
         left_out=report.sp - len(shown),
         ranks=ranks,
-        numbers=_numbers,
+        numbers=numbers_text,
         steps=[_step(each) for each in report.steps],
     )
-
-
-def _numbers(choice: Choice) -> str:
-    """Numbers of attentions, runs of them by their ends."""
-    runs = np.split(choice.attentions, np.flatnonzero(np.diff(choice.attentions) != 1) + 1)
-    return ", ".join(f"{each[0]}-{each[-1]}" if len(each) > 1 else f"{each[0]}" for each in runs)
 
 
 def _shown(sp: int) -> list[int]:

@@ -14,10 +14,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
 from sp_compile import costs
 from sp_compile.errors import ConfigError
 from sp_compile.hardware import Hardware
-from sp_compile.layout import TokenLayout, choose_scheme, token_layout
+from sp_compile.layout import PAIRS_PER_FEATURE, TokenLayout, areas, choose_scheme, least_loaded, token_layout
 from sp_compile.work import Work
 
 AUTO = "auto"
@@ -26,7 +28,6 @@ BACKWARD = 2.0  # products of a backward over those of a forward
 BACKWARD_ATTENTION = 2.5  # two products of the forward, and five, arXiv:2307.08691
 STATES = 4  # weights, gradients and the two moments of AdamW
 STEPS = 3  # collectives of a layer in a step of decoding: queries there, outputs and log-sum-exps back
-PAIRS_PER_FEATURE = 6  # as where a layout is chosen for a model
 
 
 @dataclass(frozen=True)
@@ -259,11 +260,6 @@ def check_dtype(dtype: str, hardware: Hardware) -> None:
 
 
 def _balanced(lengths: Sequence[int], groups: int) -> list[list[int]]:
-    """Requests in so many groups, the longest first to the one with the least work."""
-    found: list[list[int]] = [[] for _ in range(groups)]
-    load = [0.0] * groups
-    for each in sorted(lengths, reverse=True):
-        i = load.index(min(load))
-        found[i].append(each)
-        load[i] += float(each) ** 2
-    return found
+    """Requests in so many groups, the longest first to the one with the least area."""
+    group = least_loaded(areas(np.asarray(lengths)), groups)
+    return [[length for length, of in zip(lengths, group, strict=True) if of == each] for each in range(groups)]

@@ -127,6 +127,10 @@ class Program:
         """The placeholder that is the global token length."""
         return length_input(self.graph, self.tokens)
 
+    def device_kind(self, node: fx.Node) -> str:
+        """The kind of device that code for a node is for."""
+        return self.device or str(node.meta["val"].device.type)
+
     def remove_dead_code(self) -> None:
         """Remove what nobody reads, ops that draw random numbers included."""
         self.graph.eliminate_dead_code(is_impure_node=lambda node: node.is_impure(impure_random=False))

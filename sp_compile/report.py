@@ -209,7 +209,7 @@ def _text(report: Report) -> list[str]:
     text += [f"{step.name:24} {step.changed:>13}  {step.seconds:7.3f}" for step in report.steps]
     if report.strategies:
         text += ["", f"attention by {strategies_text(report.strategies)}"]
-        text += [f"  predicted, like {each.attentions[0]}: {_seconds_text(each)}" for each in report.choices]
+        text += [f"  predicted, {numbers_text(each.attentions)}: {_seconds_text(each)}" for each in report.choices]
     formula = "" if report.bytes_by_formula is None else f"; {report.bytes_by_formula} by the strategies' formulas"
     text += ["", f"{len(report.collectives)} collectives, {report.bytes_sent} bytes sent by each rank{formula}"]
     text += [
@@ -230,12 +230,14 @@ def _seconds_text(choice: Choice) -> str:
 
 def strategies_text(names: Sequence[str]) -> str:
     """Strategies with the numbers of the attentions that ran by them: ``0-3: window, 4: fetch``."""
-    found, start = [], 0
-    for name, run in itertools.groupby(names):
-        end = start + len([*run])
-        found.append(f"{start}-{end - 1}: {name}" if end - start > 1 else f"{start}: {name}")
-        start = end
-    return ", ".join(found)
+    runs = itertools.groupby(range(len(names)), key=names.__getitem__)
+    return ", ".join(f"{numbers_text([*run])}: {name}" for name, run in runs)
+
+
+def numbers_text(numbers: Sequence[int]) -> str:
+    """Ascending numbers, runs of them by their ends: ``0-3, 7``."""
+    runs = np.split(np.asarray(numbers), np.flatnonzero(np.diff(numbers) != 1) + 1)
+    return ", ".join(f"{each[0]}-{each[-1]}" if len(each) > 1 else f"{each[0]}" for each in runs)
 
 
 def _shadow(each: Collective) -> str:

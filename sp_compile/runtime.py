@@ -40,19 +40,18 @@ from sp_compile.inputs import (
     with_cache,
     without_packed_positions,
 )
-from sp_compile.layout import TokenLayout, choose_scheme, token_layout
+from sp_compile.layout import PAIRS_PER_FEATURE, TokenLayout, choose_scheme, token_layout
 from sp_compile.mesh import Group
 from sp_compile.passes.minimize_communication import MinimizeCommunication
 from sp_compile.passes.shard_attention import ShardAttention
 from sp_compile.pipeline import Pass, PassStep, build_pipeline, run_pipeline
 from sp_compile.program import Program
 from sp_compile.report import Report
-from sp_compile.training import check_labels, check_sums, check_weights, fresh_seed
+from sp_compile.training import check_labels, check_sums, check_weights, fresh_seed, seed_groups
 from sp_compile.work import Work
 
 ISOLATE = "isolate_requests"
 HIDDEN_SIZE = 4096  # where the model does not tell
-PAIRS_PER_FEATURE = 6  # 24 D^2 operations a token and layer around attention, 4 D a pair of query and key
 
 
 class _Explained(Exception):
@@ -98,6 +97,7 @@ class ParallelModule(nn.Module):
         self._trained: list[nn.Parameter] | None = None
         self.training = module.training
         self._traced = Traced(module, self._backend)
+        self._draw_alike = seed_groups(module, group)
         self.__dict__["forward"] = _with_signature_of(module.forward, self.forward)
 
     def __getattr__(self, name: str) -> Any:
@@ -355,7 +355,7 @@ class ParallelModule(nn.Module):
         tokens = token_input(named)[1]
         inputs = _index_inputs(layout, self.group, tokens.device)
         if self._differentiates or self.training:
-            inputs = {**inputs, "seed": fresh_seed(self.module, self.group, tokens.device)}
+            inputs = {**inputs, "seed": fresh_seed(self._draw_alike, tokens.device)}
         step = Step(layout, inputs, self._promised(named, layout), outputs=self.compile_config.outputs)
         strategies = [each for each in self.pipeline if isinstance(each, ShardAttention)]
         reads = self._explained is not None or any(each.reads_reach for each in strategies)

@@ -98,7 +98,7 @@ def load_sweep(source: str | Path, overrides: Sequence[str] = ()) -> Sweep:
             build_pipeline(job.compile.pipeline, job.compile.attention, job.compile.kernel)
             points.append(Point(values, job))
         except (ConfigError, PipelineError) as error:
-            raise ConfigError(f"point {_told(values)}: {error}") from error
+            raise ConfigError(f"point {told(values)}: {error}") from error
     return Sweep(points, timeout)
 
 
@@ -123,7 +123,8 @@ def _section(section: Any, origin: str, timeout: float) -> tuple[dict[str, list[
     return dict(grid), float(timeout)
 
 
-def _told(values: Mapping[str, Any]) -> str:
+def told(values: Mapping[str, Any]) -> str:
+    """A point's values in a line, as on the command line."""
     return " ".join(f"{name}={value}" for name, value in values.items())
 
 

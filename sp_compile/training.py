@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -10,24 +10,24 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from sp_compile import fingerprint
-from sp_compile.dynamo.shards import local_value
+from sp_compile.dynamo.shards import local_value, tensor_group
 from sp_compile.errors import BatchError, UnsupportedModelError
 from sp_compile.mesh import Group
 
 
-def fresh_seed(module: nn.Module, group: Group, device: torch.device) -> torch.Tensor:
-    """A seed for dropout, int64 without dims: of the first rank's default generator, on all of sp and tp the same."""
+def seed_groups(module: nn.Module, group: Group) -> list[dist.ProcessGroup]:
+    """The groups that draw the same: of sp, and those that weights are cut over, as they are before FSDP cuts them."""
+    cut = (each for each in module.parameters() if isinstance(each, DTensor))
+    over_tp = {tensor_group(each): each.device_mesh.get_group(0) for each in cut}
+    return [each for each in (group.process_group, *over_tp.values()) if each is not None and each.size() > 1]
+
+
+def fresh_seed(groups: Sequence[dist.ProcessGroup], device: torch.device) -> torch.Tensor:
+    """A seed for dropout, int64 without dims: of the first rank's default generator, the same in all these groups."""
     seed = torch.randint(2**62, (), dtype=torch.int64).to(device)
-    sp = group.process_group if group.size > 1 else None
-    for each in (*([sp] if sp is not None else []), *tensor_parallel_groups(module)):
+    for each in groups:
         dist.broadcast(seed, group=each, group_src=0)
     return seed
-
-
-def tensor_parallel_groups(module: nn.Module) -> list[dist.ProcessGroup]:
-    """The groups that a model's weights are cut over."""
-    meshes = (each.device_mesh for each in module.parameters() if isinstance(each, DTensor))
-    return list({each.get_group(0).group_name: each.get_group(0) for each in meshes if each.ndim == 1}.values())
 
 
 def check_weights(module: nn.Module, group: Group) -> None:

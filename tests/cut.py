@@ -129,6 +129,14 @@ def dropped_step(dropped: str, sp: int, seed: int) -> dict[str, torch.Tensor] | 
     return whole(found) if raised == "nothing" else raised
 
 
+def sums_over_tp() -> list[tuple[str, int]]:
+    """Kinds and bytes of the collectives of a step on 2 ranks of tp alone."""
+    mesh = dist.init_device_mesh("cpu", (1, 2), mesh_dim_names=("sp", "tp"))
+    parallel = sp_compile.parallelize(parallelize_module(cut(), mesh["tp"], CUT_PLAN), mesh=mesh["sp"], codegen="eager")
+    parallel(**padded_batch())
+    return [(each.kind, each.bytes_sent) for each in parallel.report().collectives]
+
+
 def llama_step(name: str, plan: str) -> tuple[dict[str, torch.Tensor], list[int], str]:
     """A step on (2, 2) ranks of sp and tp, tokens that are generated, and the report."""
     mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("sp", "tp"))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from sp_compile.config import CompileConfig, JobConfig, compile_config, load_config, show_config
 from sp_compile.errors import ConfigError
+from sp_compile.loading import read_requests
 
 
 @pytest.fixture
@@ -170,3 +173,21 @@ def test_mistakes_in_includes_are_told(tmp_path: Path, texts: list[str], message
         (tmp_path / f"{name}.yaml").write_text(text)
     with pytest.raises(ConfigError, match=message):
         load_config(tmp_path / "a.yaml")
+
+
+def test_requests_may_be_drawn_instead_of_read():
+    job = load_config("prefill", ["requests.lengths=[7,300,5]", "max_requests=2", "max_tokens=200"])
+    limits = SimpleNamespace(vocab_size=11, max_position_embeddings=250)
+    drawn = read_requests(job.requests, job.model, limits)
+    assert [len(each) for each in drawn] == [7, 200]
+    assert all(0 <= int(each.min()) <= int(each.max()) < 11 for each in drawn)
+    assert all(map(torch.equal, drawn, read_requests(job.requests, job.model, limits)))
+    limits.max_position_embeddings = 199
+    with pytest.raises(ConfigError, match="request 1 has 200 tokens, the model takes 199"):
+        read_requests(job.requests, job.model, limits)
+    job.requests.files = ["some.txt"]
+    with pytest.raises(ConfigError, match=r"requests.files and .* are both set"):
+        read_requests(job.requests, job.model, limits)
+    for lengths in ("[]", "[4,0]"):
+        with pytest.raises(ConfigError, match="is too small; pass at least 1"):
+            load_config("prefill", [f"requests.lengths={lengths}"])

@@ -7,7 +7,16 @@ from typing import Any
 import pytest
 import torch
 
-from tests.cut import cut, cut_step, dropped_step, llama_step, padded_batch, twice_summed, what_is_refused
+from tests.cut import (
+    cut,
+    cut_step,
+    dropped_step,
+    llama_step,
+    padded_batch,
+    sums_over_tp,
+    twice_summed,
+    what_is_refused,
+)
 from tests.test_training import EXACT, ROUNDED
 from tests.training import apart, batch_of, built, plain_step, stepped
 
@@ -53,6 +62,15 @@ def test_models_of_transformers_train_and_generate(ranks, name: str, plan: str):
         assert apart(found, expected) <= ROUNDED
         assert generated == tokens[0].tolist()
         assert "0 fallbacks" in report
+        sums = {"whole": 5, "attention only": 2}[plan]  # none of them again, to bring fewer bytes to other ranks of sp
+        assert report.count("  all_reduce ") == sums
+
+
+def test_reports_count_what_crosses_between_ranks_of_tp(ranks):
+    tokens, width, eight_bytes, blocks = 2 * 15, 32, 8, 2
+    for found in ranks(2).run(sums_over_tp):
+        sums = [bytes_sent for kind, bytes_sent in found if kind == "all_reduce"]
+        assert sums == [tokens * width * eight_bytes] * (1 + blocks)  # of looked-up rows, of attentions
 
 
 def test_what_has_no_local_form_is_refused_by_name(ranks):

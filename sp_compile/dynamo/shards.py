@@ -18,6 +18,7 @@ from sp_compile.errors import CaptureError
 from sp_compile.program import source_line
 
 c10d = torch.ops._c10d_functional
+TRANSLATED = ("from_local", "redistribute", "to_local", "linear", "embedding")  # by methods of their names
 SAME = ("detach", "contiguous", "to", "float", "clone")  # keep the placement of their first argument
 
 
@@ -90,9 +91,8 @@ class _Local:
     def _translated(self) -> fx.Node:
         node = self._node
         name = str(getattr(node.target, "__name__", node.target)).removeprefix("prim_")
-        made = getattr(self, f"_{name}", None)
-        if made is not None and name in ("from_local", "redistribute", "to_local", "linear", "embedding"):
-            result: fx.Node = made()
+        if name in TRANSLATED:
+            result: fx.Node = getattr(self, f"_{name}")()
             return result
         inputs = [each for each in node.all_input_nodes if _placed(each) is not None]
         if name in SAME:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -44,8 +44,7 @@ class Traced:
         self._module = module
         self._run = torch.compile(module, backend=backend, fullgraph=True)
         self._static: set[Any] = set()  # how calls look whose length is fixed
-        in_shards = any(isinstance(each, DTensor) for each in module.parameters())
-        self._hashing: Callable[[], AbstractContextManager[None]] = hashable_dtensors if in_shards else nullcontext
+        self._in_shards = any(isinstance(each, DTensor) for each in module.parameters())
 
     def __call__(self, args: Sequence[Any], kwargs: Mapping[str, Any], length: int, gradients: bool) -> Any:
         """The model's outputs for inputs of so many tokens; with ``gradients``, torch records what is computed.
@@ -72,7 +71,7 @@ class Traced:
             with (
                 torch.set_grad_enabled(gradients),
                 torch._dynamo.config.patch(DYNAMO | {"ignore_logging_functions": _ignored()}),
-                self._hashing(),
+                hashable_dtensors() if self._in_shards else nullcontext(),
             ):
                 return self._run(*args, **kwargs)
         except torch._dynamo.exc.BackendCompilerFailed as error:
@@ -82,7 +81,7 @@ class Traced:
         except torch._dynamo.exc.Unsupported as error:
             raise CaptureError(graph_break(self._module, error)) from error
         except torch._dynamo.exc.TorchRuntimeError as error:
-            if self._hashing is nullcontext:  # no DTensors
+            if not self._in_shards:
                 raise
             hint = "torch cannot run it on DTensors; modules are to take and return local tensors of all tokens"
             raise CaptureError(f"{graph_break(self._module, error)}; {hint}") from error
