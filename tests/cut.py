@@ -129,12 +129,15 @@ def dropped_step(dropped: str, sp: int, seed: int) -> dict[str, torch.Tensor] | 
     return whole(found) if raised == "nothing" else raised
 
 
-def sums_over_tp() -> list[tuple[str, int]]:
-    """Kinds and bytes of the collectives of a step on 2 ranks of tp alone."""
-    mesh = dist.init_device_mesh("cpu", (1, 2), mesh_dim_names=("sp", "tp"))
-    parallel = sp_compile.parallelize(parallelize_module(cut(), mesh["tp"], CUT_PLAN), mesh=mesh["sp"], codegen="eager")
+def sums_over_tp(sp: int, **config: Any) -> list[int]:
+    """Bytes of the sums of values, not of the loss, in a step on (sp, 2) ranks of sp and tp."""
+    mesh = dist.init_device_mesh("cpu", (sp, 2), mesh_dim_names=("sp", "tp"))
+    model = parallelize_module(cut(), mesh["tp"], CUT_PLAN)
+    parallel = sp_compile.parallelize(model, mesh=mesh["sp"], codegen="eager", **config)
     parallel(**padded_batch())
-    return [(each.kind, each.bytes_sent) for each in parallel.report().collectives]
+    return [
+        each.bytes_sent for each in parallel.report().collectives if each.kind == "all_reduce" and each.shape != "[]"
+    ]
 
 
 def llama_step(name: str, plan: str) -> tuple[dict[str, torch.Tensor], list[int], str]:
