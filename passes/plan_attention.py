@@ -30,7 +30,8 @@ from sp_compile.kernels.choice import KERNELS, Need, choose
 from sp_compile.pipeline import Pass
 from sp_compile.placements import REPLICATE, Gathered, Heads, Held, RankLocal
 from sp_compile.program import Program, gathered_index, placement, source_line
-from sp_compile.score_rule import assigns, underivable
+from sp_compile.rule_derivatives import underivable
+from sp_compile.score_rule import assigns
 from sp_compile.symbols import is_float, shape_of
 
 PLANS = {"tiles": torch.ops.sp_compile.tile_plan.default, "flex": torch.ops.sp_compile.block_mask.default}

@@ -15,7 +15,8 @@ import torch
 from torch.nn import functional as F
 
 from sp_compile.kernels.dense import accumulated
-from sp_compile.score_rule import evaluate, score_and_derivative
+from sp_compile.rule_derivatives import score_and_derivative
+from sp_compile.score_rule import evaluate
 
 HELD = 1 << 24  # logits that exist at a time
 

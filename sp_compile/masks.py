@@ -17,7 +17,8 @@ from torch import fx
 
 from sp_compile import ops
 from sp_compile.program import Program, source_line
-from sp_compile.score_rule import Interval, assigns, mask_ranges
+from sp_compile.rule_intervals import Interval, mask_ranges
+from sp_compile.score_rule import assigns
 from sp_compile.symbols import is_tensor, shape_of
 
 LEAF = 32

@@ -9,20 +9,19 @@ the other way round), ``table<i>`` are whole tables ``[heads or 1, entries]`` th
 ``score`` is ``scale * q @ k^T``. A rule assigns any of ``mask`` (bool, True attends), ``bias``
 (added to the score), ``score`` (replaces the score before the bias) and ``keep`` (bool, False drops a weight of the
 softmax, which sums to 1 with it). Evaluated on slices of the operands it yields
-the tile of a mask; evaluated on ranges of them it tells which tiles are empty or full, without touching an element.
+the tile of a mask; on ranges of them (:mod:`sp_compile.rule_intervals`) it tells which tiles are empty or full, without
+touching an element; :mod:`sp_compile.rule_derivatives` has the derivatives of what it computes.
 """
 
 from __future__ import annotations
 
 import ast
-import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 
 from sp_compile.draws import drawn
@@ -127,6 +126,14 @@ def format_rule(assignments: Sequence[Assignment]) -> str:
     return "; ".join(f"{each.name} = {each.function}({', '.join(map(str, each.arguments))})" for each in assignments)
 
 
+def given(
+    operands: Sequence[torch.Tensor], tables: Sequence[torch.Tensor], score: torch.Tensor | None
+) -> dict[Any, Any]:
+    """What a rule begins with, by the names that it has there."""
+    operand_names = {f"x{i}": operand for i, operand in enumerate(operands)}
+    return {**operand_names, **{f"table{i}": table for i, table in enumerate(tables)}, "score": score}
+
+
 def evaluate(
     rule: str,
     operands: Sequence[torch.Tensor],
@@ -135,136 +142,12 @@ def evaluate(
     tables: Sequence[torch.Tensor] = (),
 ) -> dict[str, torch.Tensor]:
     """Compute those of ``outputs`` that the rule assigns, on operands that broadcast to a tile of the scores."""
-    values: dict[str, Any] = {f"x{i}": operand for i, operand in enumerate(operands)}
-    values |= {f"table{i}": table for i, table in enumerate(tables)}
-    values["score"] = score
+    values = given(operands, tables, score)
     device = operands[0].device if operands else (score.device if score is not None else torch.device("cpu"))
     for each in needed(rule, tuple(outputs)):
         inputs = [values[item] if isinstance(item, str) else item for item in each.arguments]
         values[each.name] = call(each.function, inputs, device)
     return {name: values[name] for name in outputs if assigns(rule, name)}
-
-
-def score_and_derivative(
-    rule: str, operands: Sequence[torch.Tensor], score: torch.Tensor, tables: Sequence[torch.Tensor] = ()
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the rule makes of the scores, and its derivative by them, element by element.
-
-    Raises:
-        ValueError: the rule uses a function of the scores whose derivative is not known.
-    """
-    values: dict[Any, Any] = {f"x{i}": operand for i, operand in enumerate(operands)}
-    values |= {f"table{i}": table for i, table in enumerate(tables)}
-    values["score"] = score
-    slopes: dict[Any, torch.Tensor] = {"score": torch.ones_like(score)}
-    for each in needed(rule, ("score",)):
-        inputs = [values[item] if isinstance(item, str) else item for item in each.arguments]
-        values[each.name] = call(each.function, inputs, score.device)
-        changing = [i for i, item in enumerate(each.arguments) if item in slopes]
-        if changing and each.function in _STEPS:
-            changing = []
-        parts = [slopes[each.arguments[i]] * _slope(each, i, inputs, values[each.name]) for i in changing]
-        slopes.pop(each.name, None)
-        if parts:
-            slopes[each.name] = sum(parts[1:], parts[0])
-    return values["score"], slopes.get("score", torch.zeros_like(score))
-
-
-def gradients(
-    rule: str,
-    operands: Sequence[torch.Tensor],
-    tables: Sequence[torch.Tensor],
-    score: torch.Tensor,
-    change: torch.Tensor,
-    wanted: Sequence[str],
-) -> list[torch.Tensor]:
-    """Gradients of operands and tables.
-
-    Args:
-        score: what the rule calls ``score``.
-        change: the gradient of the score that the rule makes, with its bias.
-        wanted: names of operands and tables.
-
-    Raises:
-        ValueError: the rule uses a function whose derivative is not known.
-    """
-    values: dict[Any, Any] = {f"x{i}": operand for i, operand in enumerate(operands)}
-    values |= {f"table{i}": table for i, table in enumerate(tables)}
-    values["score"] = score
-    learned, steps = set(wanted), []
-    for each in needed(rule, ("score", "bias")):
-        inputs = [values[item] if isinstance(item, str) else item for item in each.arguments]
-        values[each.name] = call(each.function, inputs, score.device)
-        if learned.intersection(each.arguments) and each.function not in _STEPS:
-            learned.add(each.name)
-            steps.append((each, inputs, values[each.name]))
-    found: dict[Any, torch.Tensor] = {name: change for name in ("score", "bias") if name in learned}
-    for each, inputs, value in reversed(steps):
-        of_value = found.pop(each.name, None)
-        for i, item in enumerate(each.arguments if of_value is not None else ()):
-            if item not in learned:
-                continue
-            assert of_value is not None
-            if each.function == "lookup":
-                part = _of_table(inputs[0], inputs[1], of_value)
-            else:
-                part = (of_value * _slope(each, i, inputs, value)).sum_to_size(inputs[i].shape)
-            found[item] = found[item] + part if item in found else part
-    return [found.get(name, torch.zeros_like(values[name])) for name in wanted]
-
-
-def underivable(rule: str, learned: Iterable[str]) -> str | None:
-    """A function of a rule through which :func:`gradients` cannot go, of those that read what is learned."""
-    reached = set(learned)
-    for each in needed(rule, ("score", "bias")):
-        if reached.intersection(each.arguments) and each.function not in _STEPS:
-            if each.function not in _SLOPES and each.function != "lookup":
-                return each.function
-            reached.add(each.name)
-    return None
-
-
-def _of_table(table: torch.Tensor, index: torch.Tensor, of_entries: torch.Tensor) -> torch.Tensor:
-    """The gradient of a table by that of what was looked up in it."""
-    batch, heads, queries, keys = of_entries.shape
-    index = index.reshape((1,) * (4 - index.dim()) + tuple(index.shape)).expand(batch, 1, queries, keys)
-    whole = of_entries.new_zeros(heads, table.shape[1])
-    whole.index_add_(1, index.flatten().to(torch.int64), of_entries.transpose(0, 1).flatten(1))
-    return whole.sum_to_size(table.shape)
-
-
-def _slope(assignment: Assignment, i: int, inputs: Sequence[Any], value: torch.Tensor) -> Any:
-    """The derivative of a function by its i-th argument."""
-    known = _SLOPES.get(assignment.function)
-    if known is None:
-        raise ValueError(f"no derivative of {assignment.function!r} in a score rule is known")
-    return known(i, value, *inputs)
-
-
-_STEPS = ("floor_divide", "floor", "ceil", "round", "sign", "le", "lt", "ge", "gt", "eq", "ne", "and", "or", "xor",
-          "not", "bool", "int")  # fmt: skip
-_SLOPES: dict[str, Callable[..., Any]] = {  # by the place of the argument, the value and the arguments
-    "copy": lambda i, y, a: 1.0,
-    "float": lambda i, y, a: 1.0,
-    "add": lambda i, y, a, b: 1.0,
-    "sub": lambda i, y, a, b: -1.0 if i else 1.0,
-    "mul": lambda i, y, a, b: a if i else b,
-    "div": lambda i, y, a, b: -y / b if i else 1.0 / b,
-    "neg": lambda i, y, a: -1.0,
-    "abs": lambda i, y, a: torch.sign(a),
-    "pow": lambda i, y, a, b: y * torch.log(a) if i else b * a ** (b - 1),
-    "exp": lambda i, y, a: y,
-    "exp2": lambda i, y, a: y * math.log(2),
-    "log": lambda i, y, a: 1.0 / a,
-    "log2": lambda i, y, a: 1.0 / (a * math.log(2)),
-    "log1p": lambda i, y, a: 1.0 / (1.0 + a),
-    "sqrt": lambda i, y, a: 0.5 / y,
-    "tanh": lambda i, y, a: 1.0 - y * y,
-    "sigmoid": lambda i, y, a: y * (1.0 - y),
-    "maximum": lambda i, y, a, b: (y == (a, b)[i]).to(y.dtype),
-    "minimum": lambda i, y, a, b: (y == (a, b)[i]).to(y.dtype),
-    "where": lambda i, y, c, a, b: (c if i == 1 else ~c).to(y.dtype),
-}
 
 
 @lru_cache(maxsize=256)
@@ -308,113 +191,3 @@ def assigns(rule: str, name: str) -> bool:
 def calls(rule: str, function: str) -> bool:
     """Whether the rule calls a function."""
     return any(each.function == function for each in parse(rule))
-
-
-Interval = tuple[np.ndarray, np.ndarray]
-_UNKNOWN: Interval = (np.asarray(-math.inf), np.asarray(math.inf))
-
-
-def mask_ranges(rule: str, ranges: Sequence[Interval]) -> Interval:
-    """Lower and upper bound of the mask (0 or 1) from bounds of the operands, each broadcast to ``[queries, keys]``.
-
-    ``(1, 1)`` means every element attends, ``(0, 0)`` none does; anything else decides nothing.
-    """
-    values: dict[str, Interval] = {f"x{i}": each for i, each in enumerate(ranges)}
-    with np.errstate(all="ignore"):
-        for each in parse(rule):
-            inputs = [
-                values.get(item, _UNKNOWN) if isinstance(item, str) else (np.asarray(float(item)),) * 2
-                for item in each.arguments
-            ]
-            low, high = interval(each.function, inputs)
-            # 0 * inf and the like bound nothing
-            values[each.name] = np.where(np.isnan(low), -np.inf, low), np.where(np.isnan(high), np.inf, high)
-    return _truth(values["mask"])
-
-
-def _truth(value: Interval) -> Interval:
-    low, high = value
-    return ((low > 0) | (high < 0)).astype(float), ((low != 0) | (high != 0)).astype(float)
-
-
-def interval(function: str, inputs: Sequence[Interval]) -> Interval:
-    """Bounds of a function's value from bounds of its arguments; nothing is known where it has no rule."""
-    rule = _INTERVALS.get(function)
-    if rule is not None:
-        return rule(*inputs)
-    return (np.asarray(0.0), np.asarray(1.0)) if function == "xor" else _UNKNOWN
-
-
-def _compare(low: np.ndarray, high: np.ndarray) -> Interval:
-    return low.astype(float), high.astype(float)
-
-
-def _mul(a: Interval, b: Interval) -> Interval:
-    corners = [x * y for x in a for y in b]
-    return np.minimum.reduce(np.broadcast_arrays(*corners)), np.maximum.reduce(np.broadcast_arrays(*corners))
-
-
-def _floor_divide(a: Interval, b: Interval) -> Interval:
-    if b[0].ndim or b[0] != b[1] or b[0] <= 0:
-        return _UNKNOWN
-    return np.floor(a[0] / b[0]), np.floor(a[1] / b[0])
-
-
-def _eq(a: Interval, b: Interval) -> Interval:
-    sure = (a[0] == a[1]) & (b[0] == b[1]) & (a[0] == b[0])
-    return _compare(sure, (a[0] <= b[1]) & (b[0] <= a[1]))
-
-
-def _not(a: Interval) -> Interval:
-    low, high = _truth(a)
-    return 1 - high, 1 - low
-
-
-def _and(a: Interval, b: Interval) -> Interval:
-    (a_low, a_high), (b_low, b_high) = _truth(a), _truth(b)
-    return a_low * b_low, a_high * b_high
-
-
-def _or(a: Interval, b: Interval) -> Interval:
-    (a_low, a_high), (b_low, b_high) = _truth(a), _truth(b)
-    return np.maximum(a_low, b_low), np.maximum(a_high, b_high)
-
-
-def _where(condition: Interval, a: Interval, b: Interval) -> Interval:
-    low, high = _truth(condition)
-    least, most = np.minimum(a[0], b[0]), np.maximum(a[1], b[1])
-    return (
-        np.where(low == 1, a[0], np.where(high == 0, b[0], least)),
-        np.where(low == 1, a[1], np.where(high == 0, b[1], most)),
-    )
-
-
-def _abs(a: Interval) -> Interval:
-    largest = np.maximum(np.abs(a[0]), np.abs(a[1]))
-    return np.where((a[0] <= 0) & (a[1] >= 0), 0.0, np.minimum(np.abs(a[0]), np.abs(a[1]))), largest
-
-
-_INTERVALS: Mapping[str, Callable[..., Interval]] = {
-    "copy": lambda a: a,
-    "int": lambda a: (np.trunc(a[0]), np.trunc(a[1])),
-    "float": lambda a: a,
-    "bool": _truth,
-    "add": lambda a, b: (a[0] + b[0], a[1] + b[1]),
-    "sub": lambda a, b: (a[0] - b[1], a[1] - b[0]),
-    "neg": lambda a: (-a[1], -a[0]),
-    "abs": _abs,
-    "mul": _mul,
-    "floor_divide": _floor_divide,
-    "maximum": lambda a, b: (np.maximum(a[0], b[0]), np.maximum(a[1], b[1])),
-    "minimum": lambda a, b: (np.minimum(a[0], b[0]), np.minimum(a[1], b[1])),
-    "le": lambda a, b: _compare(a[1] <= b[0], a[0] <= b[1]),
-    "lt": lambda a, b: _compare(a[1] < b[0], a[0] < b[1]),
-    "ge": lambda a, b: _compare(a[0] >= b[1], a[1] >= b[0]),
-    "gt": lambda a, b: _compare(a[0] > b[1], a[1] > b[0]),
-    "eq": _eq,
-    "ne": lambda a, b: _not(_eq(a, b)),
-    "and": _and,
-    "or": _or,
-    "not": _not,
-    "where": _where,
-}

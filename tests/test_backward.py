@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from sp_compile import ops
-from sp_compile.score_rule import evaluate, underivable
+from sp_compile.rule_derivatives import underivable
+from sp_compile.score_rule import evaluate
 
 CAUSAL = "mask = le(x1, x0)"
 RULES = {

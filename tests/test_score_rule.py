@@ -12,6 +12,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from sp_compile.rule_derivatives import score_and_derivative
+from sp_compile.rule_intervals import mask_ranges
 from sp_compile.score_rule import (
     DRAWS,
     FUNCTIONS,
@@ -19,9 +21,7 @@ from sp_compile.score_rule import (
     assigns,
     evaluate,
     format_rule,
-    mask_ranges,
     parse,
-    score_and_derivative,
 )
 
 SIDE, TILE = 4, 2

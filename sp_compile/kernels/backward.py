@@ -20,8 +20,9 @@ from sp_compile.kernels.plan import between, rows_of
 from sp_compile.kernels.regions import Region
 from sp_compile.kernels.strips import strips
 from sp_compile.kernels.tiles import Block, added_to_scores, band_mask, by_products, held_blocks
-from sp_compile.score_rule import assigns, evaluate, score_and_derivative
-from sp_compile.score_rule import gradients as rule_gradients
+from sp_compile.rule_derivatives import gradients as rule_gradients
+from sp_compile.rule_derivatives import score_and_derivative
+from sp_compile.score_rule import assigns, evaluate
 
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]

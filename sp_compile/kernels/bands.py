@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sp_compile.score_rule import Assignment, Interval, interval
+from sp_compile.rule_intervals import Interval, interval
+from sp_compile.score_rule import Assignment
 
 WHOLE = 2.0**24  # whole numbers up to here are exact in fp32
 ROUNDING = 1e-5
