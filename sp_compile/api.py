@@ -16,7 +16,7 @@ from sp_compile import fingerprint
 from sp_compile import mesh as meshes
 from sp_compile.config import CompileConfig, compile_config
 from sp_compile.dynamo.shards import local_value
-from sp_compile.errors import UnsupportedModelError
+from sp_compile.errors import MeshError, UnsupportedModelError
 from sp_compile.inputs import requests_alone
 from sp_compile.pipeline import check_complete
 from sp_compile.report import Report
@@ -45,7 +45,8 @@ def parallelize(
             ``codegen="eager"`` or ``strict=True``.
 
     Raises:
-        MeshError: ``sp`` does not fit the ranks there are, or their backend the model's device.
+        MeshError: ``sp`` does not fit the ranks there are, or their backend the model's device, or tensor parallelism
+            has the same ranks.
         ConfigError: an unknown option, pass or strategy.
         PipelineError: the pipeline's order breaks an invariant, or it ends before ranks could run the graph.
         UnsupportedModelError: the model is already parallel, mixes devices, or is sharded by ``fully_shard`` already.
@@ -56,6 +57,7 @@ def parallelize(
         chosen = compile_config(config, **overrides)
         _check_model(model)
         meshes.check_device(group, device_of(model))
+        _check_shards(model, group)
         parallel = ParallelModule(model, group, chosen)
         check_complete(parallel.pipeline)
         meshes.check_nodes(group, chosen.ranks_per_node)
@@ -203,6 +205,19 @@ def _check_model(model: nn.Module) -> None:
             )
         if tensor.is_floating_point() and tensor.dtype not in FLOATS:
             raise UnsupportedModelError(f"{name} is {tensor.dtype}; supported are {', '.join(map(str, FLOATS))}")
+
+
+def _check_shards(model: nn.Module, group: meshes.Group) -> None:
+    sharing = set(meshes.ranks_of(group))
+    for name, tensor in model.named_parameters():
+        if not isinstance(tensor, DTensor):
+            continue
+        both = sharing & set(tensor.device_mesh.mesh.flatten().tolist())
+        if len(both) > 1:
+            raise MeshError(
+                f"{name} is spread over the mesh axes {tensor.device_mesh.mesh_dim_names}, and so would be the tokens, "
+                f"over ranks {sorted(both)} of them; make a mesh with an axis for each and pass mesh=mesh['sp']"
+            )
 
 
 def _first(parameter: torch.Tensor) -> list[float]:

@@ -91,6 +91,11 @@ def resolve(sp: int | None, mesh: Any = None) -> Group:
     return _group_of_world(sp, world)
 
 
+def ranks_of(group: Group) -> list[int]:
+    """The ranks in the world that share a batch; none where there are no processes for them."""
+    return [] if group.process_group is None else dist.get_process_group_ranks(group.process_group)
+
+
 def check_device(group: Group, device: torch.device) -> None:
     """Check that the group can exchange what lies on a device.
 
@@ -124,7 +129,7 @@ def with_nodes(group: Group, ranks_per_node: int | None) -> Group:
     """The group with its nodes, as :func:`check_nodes` found them right; called on each of its ranks."""
     if ranks_per_node is None or group.nodes is not None:
         return group
-    ranks = tuple(dist.get_process_group_ranks(group.process_group))
+    ranks = tuple(ranks_of(group))
     return replace(group, nodes=_nodes(dist.group.WORLD, ranks, ranks_per_node))
 
 

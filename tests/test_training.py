@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from sp_compile.errors import BatchError, RankMismatchError, UnsupportedModelError
+from sp_compile.errors import BatchError, MeshError, RankMismatchError, UnsupportedModelError
 from tests.training import (
     MODELS,
     Plain,
@@ -271,9 +271,7 @@ def test_bad_input_is_refused(ranks):
         assert "backward through the graph a second time" in twice
         assert ignored == "nan"
         assert weights.startswith(f"{RankMismatchError.__name__}: ranks disagree on the parameter model.norm.weight")
-        assert spread.startswith(
-            f"{UnsupportedModelError.__name__}: lm_head.weight is spread over the mesh axes ('tp',)"
-        )
+        assert spread.startswith(f"{MeshError.__name__}: lm_head.weight is spread over the mesh axes ('tp',)")
 
 
 @pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
