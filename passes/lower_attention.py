@@ -19,7 +19,7 @@ After::
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import getitem
 from typing import Any
@@ -80,7 +80,7 @@ class _Lowering:
         args = ops.AttentionArgs(*node.args)
         score, mask = (self._function(args, output) for output in ("score", "mask"))
         tile, with_lse = _tile(args, self._on_cpu(args)), ops.attention_part(node, 1) is not None
-        options = {**OPTIONS, **tile, "OUTPUT_LOGSUMEXP": with_lse}
+        options = {**OPTIONS, **tile, "OUTPUT_LOGSUMEXP": with_lse or self.program.differentiable}
         # code for CPUs takes its inputs for tensors of four dims in memory, which views of products or gathers are not
         q, k, v = args.q, args.k, args.v
         if self._fills_up(args):
@@ -170,25 +170,30 @@ class _Lowering:
     ) -> tuple[Any, ...]:
         """The block mask as the op takes it, in the order that this torch has."""
         assert args.plan is not None
-        plan, device = self._once(aten.unsqueeze.default, args.plan, 1), args.q.meta["val"].device
-        if not self._on_cpu(args):
-            plan = self._once(aten.to.device, plan, device, torch.int32)
-        parts = []
-        for i in range(2):  # partial and full blocks
-            listed = self._once(aten.select.int, plan, 3, i)
-            parts += [self._once(aten.select.int, listed, 3, 0), self._once(aten.slice.Tensor, listed, 3, 1)]
-        if self._on_cpu(args):
-            parts = [self._once(aten.clone.default, each) for each in parts]
-        else:  # code for GPUs takes the one head's stride for that of the rows, which it is not in a clone's layout
-            parts = [self._captured(each, (0, 1, 2, 3)[: 3 + i % 2]) for i, each in enumerate(parts)]
-        stand_ins = [torch.zeros([1] * dims, dtype=torch.int32) for dims in (3, 4, 3, 4)]
-        count, which, full_count, full_which = stand_ins
-        example = BlockMask.from_kv_blocks(
-            count, which, full_count, full_which, BLOCK, _everything, compute_q_blocks=False
-        )
-        found = {id(each): part for each, part in zip(stand_ins, parts, strict=True)}
+        found = dict(self._lists(args, args.plan, "kv"))
+        of_queries = dict.fromkeys(each.replace("kv", "q") for each in found)
+        if self.program.differentiable:
+            of_keys = self._once(torch.ops.sp_compile.block_mask_of_keys.default, args.plan)
+            of_queries |= self._lists(args, of_keys, "q")
+        found |= of_queries
+        stand_ins: dict[str, Any] = {name: part and torch.zeros(1, 1, 1, 1) for name, part in found.items()}
+        example = BlockMask((1, 1), **stand_ins, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=_everything)
+        parts = {id(stand_ins[name]): part for name, part in found.items()}
         lengths = [self._once(aten.sym_size.int, each, 2) for each in queries_and_keys]
-        return (*lengths, *(found.get(id(each), each) for each in example.as_tuple(flatten=True)[2:-1]), mask)
+        return (*lengths, *(parts.get(id(each), each) for each in example.as_tuple(flatten=True)[2:-1]), mask)
+
+    def _lists(self, args: ops.AttentionArgs, plan: fx.Node, of: str) -> Iterator[tuple[str, fx.Node]]:
+        """Partial and full blocks of a plan, how many and which, in memory of their own on the attention's device."""
+        listed, on_cpu = self._once(aten.unsqueeze.default, plan, 1), self._on_cpu(args)
+        if not on_cpu:
+            listed = self._once(aten.to.device, listed, args.q.meta["val"].device, torch.int32)
+        for i, kind in enumerate((of, f"full_{of}")):
+            both = self._once(aten.select.int, listed, 3, i)
+            count, which = self._once(aten.select.int, both, 3, 0), self._once(aten.slice.Tensor, both, 3, 1)
+            for what, dims, part in (("num_blocks", (0, 1, 2), count), ("indices", (0, 1, 2, 3), which)):
+                # code for GPUs takes the one head's stride for that of the rows, which it is not in a clone's layout
+                own = self._once(aten.clone.default, part) if on_cpu else self._captured(part, dims)
+                yield f"{kind}_{what}", own
 
     def _once(self, target: Any, *args: Any) -> fx.Node:
         key = (target, repr(args))

@@ -103,6 +103,7 @@ def _need(program: Program, node: fx.Node) -> Need:
         drops_weights=assigns(args.rule, "keep"),
         compiled=program.compiled,
         differentiable=program.differentiable,
+        learns_rule=program.differentiable and any(map(_learned, (*args.operands, *args.tables))),
         mixed_dtypes=v.dtype != q.dtype,
     )
 

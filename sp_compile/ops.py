@@ -222,6 +222,18 @@ def _(
     return torch.empty(plans.mask_rows(rule, operands) or 1, queries, 2, 1 + keys, dtype=torch.int32)
 
 
+@torch.library.custom_op("sp_compile::block_mask_of_keys", mutates_args=())
+def block_mask_of_keys(plan: torch.Tensor) -> torch.Tensor:
+    """The blocks of queries by those of keys, ``[rows, key blocks, 2, 1 + query blocks]``, from ``block_mask``."""
+    return torch.from_numpy(flex.of_keys(plan.numpy()))
+
+
+@block_mask_of_keys.register_fake
+def _(plan: torch.Tensor) -> torch.Tensor:
+    rows, queries, kinds, keys = plan.shape
+    return plan.new_empty(rows, keys - 1, kinds, 1 + queries)
+
+
 @torch.library.custom_op("sp_compile::captured", mutates_args=())
 def captured(value: torch.Tensor, dims: Sequence[int], keys: int = -1) -> torch.Tensor:
     """A tensor for FlexAttention, reduced to these dims and in memory of its own: Inductor fuses nothing into it.
@@ -239,6 +251,20 @@ def captured(value: torch.Tensor, dims: Sequence[int], keys: int = -1) -> torch.
 @captured.register_fake
 def _(value: torch.Tensor, dims: Sequence[int], keys: int = -1) -> torch.Tensor:
     return value.new_empty(_filled_up([value.shape[dim] for dim in dims] or [1], keys))
+
+
+def _save_captured(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    value, dims, *_ = inputs
+    ctx.shape, ctx.kept = value.shape, [value.shape[dim] for dim in dims] or [1]
+
+
+def _captured_gradient(ctx: Any, grad: torch.Tensor) -> Any:
+    for dim, size in enumerate(ctx.kept):
+        grad = grad.narrow(dim, 0, size)
+    return grad.reshape(ctx.shape), None, None
+
+
+captured.register_autograd(_captured_gradient, setup_context=_save_captured)
 
 
 def _filled_up(sizes: Sequence[Any], keys: int) -> list[Any]:
@@ -279,6 +305,31 @@ def fill_empty(out: torch.Tensor, v: torch.Tensor, seen: torch.Tensor, valid: to
 @fill_empty.register_fake
 def _(out: torch.Tensor, *args: Any) -> torch.Tensor:
     return torch.empty_like(out, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("sp_compile::fill_empty_backward", mutates_args=())
+def fill_empty_backward(
+    grad: torch.Tensor, v: torch.Tensor, seen: torch.Tensor, valid: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of the output and of the values by :func:`fill_empty`."""
+    blind = ~seen[:, None]
+    return grad.masked_fill(blind.unsqueeze(-1), 0.0), kernels.gradient_of_means(grad, blind, v, valid)
+
+
+@fill_empty_backward.register_fake
+def _(grad: torch.Tensor, v: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(grad), torch.empty_like(v, memory_format=torch.contiguous_format)
+
+
+def _save_filled(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _filled_gradient(ctx: Any, grad: torch.Tensor) -> Any:
+    return *fill_empty_backward(grad, *ctx.saved_tensors), None, None
+
+
+fill_empty.register_autograd(_filled_gradient, setup_context=_save_filled)
 
 
 @torch.library.custom_op("sp_compile::attention", mutates_args=())

@@ -211,7 +211,7 @@ def batch(kind: str, length: int, dtype: torch.dtype, seed: int) -> dict[str, to
 
 def definition(kind: str, given: Attention, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """The layer in fp64, element by element of the scores; a query that sees nothing adds 0."""
-    made = copy.deepcopy(given).double()
+    made = given if given.q.weight.dtype == torch.float64 else copy.deepcopy(given).double()
     x = inputs["inputs_embeds"].double()
     rows, length, _ = x.shape
     vectors = {**inputs, "place": inputs["position_ids"]}

@@ -268,3 +268,22 @@ def test_a_training_step(staged: StagedPool, codegen: str, attention: str):
     for single, double in staged.run(train, codegen, attention=attention):
         assert single <= 1e-4
         assert double <= 1e-10
+
+
+def flex_step(name: str, **options: Any) -> tuple[float, set[str]]:
+    """How far loss and gradients in fp32 are from those of the unsharded step, and the kernels that ran."""
+    heads = {"head_dim": 16, "sliding_window": 40} if name == "Mistral" else {}
+    own, other = (training.built(name, **heads).to(DEVICE) for _ in range(2))
+    parallel = sp_compile.parallelize(own, kernel="flex", **options)
+    apart = []
+    for shape in ((1, 57), (2, 300)):
+        step = {key: each.to(DEVICE) for key, each in training.batch_of(shape).items()}
+        apart.append(training.apart(training.stepped(parallel, step), training.stepped(other, step)))
+    return max(apart), kernels_of(parallel)
+
+
+@pytest.mark.parametrize(("name", "attention"), [("Llama", "allgather_kv"), ("Gemma2", "ulysses"), ("Mistral", "ring")])
+def test_gradients_through_flex_attention(staged: StagedPool, name: str, attention: str):
+    for apart, used in staged.run(flex_step, name, attention=attention):
+        assert apart <= 1e-4
+        assert used == {"flex"}

@@ -121,16 +121,22 @@ def test_a_model_that_trains_is_shown_as_it_trains():
 HEAD_DIM = 16  # a GPU's FlexAttention takes no smaller
 
 
-@pytest.mark.parametrize("strategy", ["allgather_kv", "fetch", "ulysses"])
-def test_the_graph_for_a_gpu_has_block_masks_and_nothing_of_the_whole_sequence_but_keys(strategy: str):
+@pytest.mark.parametrize(
+    ("strategy", "train"), [("allgather_kv", False), ("fetch", False), ("ulysses", False), ("allgather_kv", True)]
+)
+def test_the_graph_for_a_gpu_has_block_masks_and_nothing_of_the_whole_sequence_but_keys(strategy: str, train: bool):
     """No device is needed: shapes are those of the local graph on the meta device."""
     torch._dynamo.reset()
     sizes = {**SIZES, "hidden_size": 6 * HEAD_DIM, "head_dim": HEAD_DIM}
     with torch.device("meta"):
         config = transformers.LlamaConfig(num_hidden_layers=2, **sizes)
-        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
-    report = sp_compile.explain(model, batch(), 2, device="cuda", attention=strategy, outputs="sharded")
+        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").train(train)
+    ids = torch.arange(3, 34)[None]
+    inputs = {"input_ids": ids, "labels": ids, "use_cache": False} if train else batch()
+    options = {"outputs": "loss", "kernel": "flex"} if train else {"outputs": "sharded"}
+    report = sp_compile.explain(model, inputs, 2, device="cuda", attention=strategy, **options)
     graph = report.steps[-1].after
+    assert ("block_mask_of_keys(" in graph) == train
     assert graph.count(" = flex_attention(") == 2
     assert "block_mask(" in graph
     assert "sp_compile.attention(" not in graph

@@ -28,7 +28,10 @@ REFUSED = {
     "small heads": (GPU, {"head_dim": 8}, "it takes head dims of at least 16 on a GPU, not 8"),
     "small values": (GPU, {"value_dim": 4}, "it takes head dims of at least 16 on a GPU, not 4"),
     "large heads": (GPU, {"value_dim": 512}, "it takes head dims of at most 256 on a GPU, not 512"),
-    "a log-sum-exp": (CPU, {"lse": True}, "it returns no log-sum-exp on a CPU, which the model uses"),
+    "a log-sum-exp": (CPU, {"lse": True}, "its generated code returns no log-sum-exp on a CPU, which the model uses"),
+    "gradients": (CPU, {"differentiable": True}, "its generated code has no gradients on a CPU"),
+    "a bias that is learned": (
+        GPU, {"differentiable": True, "learns_rule": True}, "it is not used where a bias is learned"),
 }  # fmt: skip
 
 
@@ -92,6 +95,13 @@ def test_auto_takes_what_the_device_prefers(need: Need, names: tuple[str, ...]):
 def test_auto_passes_over_what_cannot_serve_and_says_so_on_a_gpu(need: Need, change: Any, reason: str):
     asked = replace(need, changes_scores=True, **change)
     assert choose("auto", asked) == ("tiles", f"kernel flex: {reason}" if need.device == "cuda" else None)
+
+
+def test_gradients_by_flex_attention_have_to_be_asked_for():
+    need = replace(GPU, differentiable=True)
+    told = "kernel flex: its gradients were not measured on a GPU yet; pass kernel='flex' to try"
+    assert choose("auto", need) == ("tiles", told)
+    assert choose("flex", need) == ("flex", None)
 
 
 def test_the_last_that_a_device_prefers_serves_all():

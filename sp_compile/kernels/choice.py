@@ -33,6 +33,7 @@ class Need:
         compiled: code is generated for the graph.
         mixed_dtypes: keys and values are not of the queries' dtype.
         differentiable: gradients are wanted.
+        learns_rule: so are those of what the rule reads.
     """
 
     device: str
@@ -47,6 +48,7 @@ class Need:
     compiled: bool = True
     mixed_dtypes: bool = False
     differentiable: bool = False
+    learns_rule: bool = False
 
 
 def _serves_all(need: Need) -> str | None:
@@ -54,13 +56,18 @@ def _serves_all(need: Need) -> str | None:
 
 
 def _flex(need: Need) -> str | None:
-    """Why FlexAttention cannot serve; the limits of torch 2.11 to 2.13."""
+    """Why FlexAttention cannot serve; the limits of torch 2.11 to 2.13.
+
+    Where no code is generated, torch computes it as matrix products of whole scores, on any device; for tests.
+    """
     if need.device not in ("cpu", "cuda"):
         return f"it does not run on {need.device}"
     if need.dtype not in FLEX_DTYPES:
         return f"it does not take {need.dtype}"
-    if need.differentiable:
-        return "it is not used where gradients are wanted"
+    if need.learns_rule:
+        return "it is not used where a bias is learned"
+    if need.differentiable and need.compiled and need.device == "cpu":
+        return "its generated code has no gradients on a CPU"
     if need.drops_weights:
         return "it does not drop weights"
     if need.mixed_dtypes:
@@ -74,8 +81,8 @@ def _flex(need: Need) -> str | None:
         return f"it takes head dims of at most 256 on a GPU, not {large}" if large > 256 else None
     if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         return "it needs a CPU with AVX2"
-    if need.lse:
-        return "it returns no log-sum-exp on a CPU, which the model uses"
+    if need.lse and need.compiled:
+        return "its generated code returns no log-sum-exp on a CPU, which the model uses"
     return None
 
 
@@ -94,6 +101,12 @@ def preferred(need: Need) -> tuple[str, ...]:
     return ("flex", "tiles") if need.device == "cuda" or need.changes_scores else ("tiles",)
 
 
+def _unasked(name: str, need: Need) -> str | None:
+    """Why a kernel that could serve is not taken unless it is asked for."""
+    unmeasured = name == "flex" and need.differentiable
+    return "its gradients were not measured on a GPU yet; pass kernel='flex' to try" if unmeasured else None
+
+
 def choose(asked: str, need: Need) -> tuple[str, str | None]:
     """The kernel for a node, and on a GPU why a faster one was passed over.
 
@@ -104,7 +117,7 @@ def choose(asked: str, need: Need) -> tuple[str, str | None]:
         KernelError: the kernel that was asked for cannot serve the node; says why and which can.
     """
     if asked == "auto":
-        reasons = [(name, KERNELS[name](need)) for name in preferred(need)]
+        reasons = [(name, KERNELS[name](need) or _unasked(name, need)) for name in preferred(need)]
         chosen = next(name for name, reason in reasons if reason is None)
         passed = next((f"kernel {name}: {reason}" for name, reason in reasons if reason), None)
         return chosen, passed if need.device == "cuda" else None

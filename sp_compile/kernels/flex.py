@@ -42,6 +42,14 @@ def block_mask(
     return torch.from_numpy(np.stack([_listed(kinds == 1), _listed(kinds == 2)], axis=2))
 
 
+def of_keys(listed: np.ndarray) -> np.ndarray:
+    """The blocks of queries that see each block of keys, for the backward, from :func:`block_mask`; listed alike."""
+    counts, which = listed[..., :1], listed[..., 1:]
+    seen = np.zeros(which.shape, dtype=bool)
+    np.put_along_axis(seen, which, np.arange(which.shape[-1]) < counts, axis=-1)
+    return _listed(seen.transpose(0, 3, 2, 1))
+
+
 def blocks(length: int) -> int:
     """Blocks of a length, and an empty one more: code is specialised for a single block."""
     return -(-length // BLOCK) + 1
