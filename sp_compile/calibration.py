@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -110,7 +111,7 @@ def calibrated(results: Sequence[Mapping[str, Any]]) -> tuple[Hardware, list[Com
     machine = done[0]["result"]["machine"]
     if machine["gpus"]:
         raise ConfigError("rates are read off jobs on a CPU; for GPUs pass a description, such as h100")
-    jobs = list({each.key: each for each in _jobs(done)}.values())
+    jobs = _distinct(_jobs(done))
     if len(jobs) < FEWEST:
         raise ConfigError(f"{len(jobs)} jobs that differ have results; to read rates off takes {FEWEST} or more")
     order = np.random.default_rng(0).permutation(len(jobs))  # no value of the grid falls on one side only
@@ -141,6 +142,15 @@ def _jobs(done: Sequence[Mapping[str, Any]]) -> list[_Job]:
             work[key], _ = work_of_job(config, rates_of(torch.device("cpu")))
         found.append(_Job(each["point"], config, work[key], tuple(result["lengths"]), result["forward_seconds"]))
     return found
+
+
+def _distinct(jobs: Sequence[_Job]) -> list[_Job]:
+    """Jobs that are the same as one that takes the median of their times."""
+    found: dict[Any, list[_Job]] = {}
+    for each in jobs:
+        found.setdefault(each.key, []).append(each)
+    return [dataclasses.replace(same[0], seconds=statistics.median(each.seconds for each in same))
+            for same in found.values()]  # fmt: skip
 
 
 def _check_fixed(point: Mapping[str, Any], compiled: Mapping[str, Any]) -> None:

@@ -1,13 +1,15 @@
 """YAML files that include others, and where each value of what they make comes from.
 
 A file may begin with ``defaults: [prefill, models/small.yaml]``: those are read first, in order, and then the file
-itself over them. Names are files beside the one that includes them, or of configurations that ship with sp_compile.
+itself over them. Names are files beside the one that includes them, or of configurations that ship with sp_compile, whose
+parts are in folders: ``model/llama_8b``, ``requests/texts``, ``layout/zigzag``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sp_compile.errors import ConfigError, nearest
 
 INCLUDES = "defaults"
+HOME = "configs/"  # how files that ship are called, wherever they lie
 
 
 class Part(NamedTuple):
@@ -63,15 +66,23 @@ def _find(name: str, folder: Path, readers: Sequence[str], kind: str) -> tuple[P
             raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
         except UnicodeDecodeError as error:
             raise ConfigError(f"{path} cannot be read: it is no text in UTF-8") from error
-    home = resources.files("sp_compile.configs").joinpath(kind)
-    shipped = {each.name: each for each in home.iterdir() if ".yaml" in each.name}
-    asked, own = Path(name), Path("configs", kind)
-    file = asked.name if asked.suffix else f"{asked.name}.yaml"
-    if file not in shipped or asked.parent not in (Path(), own):
-        reader = f", which {readers[-1]} includes" if readers else ""
-        hint = nearest(file, shipped)
-        raise ConfigError(f"there is no file {name!r}{reader}, and none of that name ships with sp_compile{hint}")
-    return own / file, shipped[file].read_text(encoding="utf-8")
+    shipped = dict(_shipped(resources.files("sp_compile.configs"), ""))
+    file = (name if name.endswith(".yaml") else f"{name}.yaml").removeprefix(HOME)
+    for each in (f"{kind}/{file}", file):
+        if each in shipped and each.startswith(kind):
+            return Path(HOME, each), shipped[each].read_text(encoding="utf-8")
+    reader = f", which {readers[-1]} includes" if readers else ""
+    hint = nearest(file, shipped)
+    raise ConfigError(f"there is no file {name!r}{reader}, and none of that name ships with sp_compile{hint}")
+
+
+def _shipped(folder: Traversable, before: str) -> Iterator[tuple[str, Traversable]]:
+    """Files of a folder and of those in it, by their names from the outermost on."""
+    for each in folder.iterdir():
+        if each.is_dir():
+            yield from _shipped(each, f"{before}{each.name}/")
+        elif each.name.endswith(".yaml"):
+            yield f"{before}{each.name}", each
 
 
 def _mapping(text: str, name: str) -> dict[str, Any]:

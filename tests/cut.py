@@ -94,9 +94,9 @@ def cut(dropped: str = "") -> Cut:
     return model.double()
 
 
-def padded_batch() -> dict[str, torch.Tensor]:
+def padded_batch(seed: int = 1) -> dict[str, torch.Tensor]:
     """Tokens of both halves of the vocabulary, padding, and the last token."""
-    batch = batch_of((2, 15))
+    batch = batch_of((2, 15), seed=seed)
     batch["input_ids"][0, 3:5], batch["input_ids"][1, 2] = Cut.PADDING, Cut.VOCABULARY - 1
     return batch
 
@@ -106,14 +106,17 @@ def whole(step: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: each.full_tensor() if isinstance(each, DTensor) else each for name, each in step.items()}
 
 
-def cut_step(sp: int, fsdp: bool, **config: Any) -> dict[str, torch.Tensor]:
-    """A step of :class:`Cut` on (sp, 2) ranks of sp and tp, with weights spread over sp besides if asked."""
-    mesh = dist.init_device_mesh("cpu", (sp, 2), mesh_dim_names=("sp", "tp"))
+def cut_step(dp: int, sp: int, fsdp: bool, **config: Any) -> dict[str, torch.Tensor]:
+    """A step of :class:`Cut` on (dp, sp, 2) ranks of dp, sp and tp, with weights spread over dp and sp if asked.
+
+    Each rank of dp has a batch of its own.
+    """
+    mesh = dist.init_device_mesh("cpu", (dp, sp, 2), mesh_dim_names=("dp", "sp", "tp"))
     model = parallelize_module(cut(), mesh["tp"], CUT_PLAN)
     parallel: Any = sp_compile.parallelize(model, mesh=mesh["sp"], **{"codegen": "eager", **config})
     if fsdp:
-        fully_shard(parallel, mesh=mesh["sp"])
-    return whole(plain_step(parallel, padded_batch()))
+        fully_shard(parallel, mesh=mesh["dp", "sp"]._flatten("all"))
+    return whole(plain_step(parallel, padded_batch(seed=mesh["dp"].get_local_rank())))
 
 
 def dropped_step(dropped: str, sp: int, seed: int) -> dict[str, torch.Tensor] | str:

@@ -31,6 +31,20 @@ def test_the_shipped_job_is_found_by_each_of_its_names(tmp_path: Path, monkeypat
     assert (jobs[0].run.sp, jobs[0].compile.scheme) == (2, "zigzag")
 
 
+def test_parts_that_ship_are_put_together(write):
+    job = load_config(write("defaults: [prefill, model/qwen3_moe_30b, requests/long_prompt]\nrun: {sp: 8}"))
+    assert (job.model.architecture, job.model.config["num_experts"]) == ("Qwen3MoeForCausalLM", 128)
+    assert (job.requests.lengths, job.run.sp, job.run.repeats) == ([131072], 8, 3)
+    assert load_config("model/llama_8b").model.config == load_config("configs/llama_8b.yaml").model.config
+    with pytest.raises(ConfigError, match=r"no file 'model/lama_8b'.*did you mean 'model/llama_8b.yaml'\?"):
+        load_config("model/lama_8b")
+
+
+def test_every_key_has_a_value_in_the_parts_of_the_shipped_jobs():
+    for line in show_config("generate").splitlines():
+        assert not line.endswith("# default"), line
+
+
 def test_a_file_only_needs_what_differs(write):
     job = load_config(write("compile: {scheme: contiguous}\nrun:\n"))
     assert job == JobConfig(compile=CompileConfig(scheme="contiguous"))
@@ -83,6 +97,8 @@ def test_a_missing_file_names_the_nearest_shipped_one(tmp_path: Path):
         load_config("prefil.yaml")
     with pytest.raises(ConfigError, match="there is no file"):
         load_config(tmp_path / "prefill.yaml")
+    with pytest.raises(ConfigError, match="there is no file"):
+        load_config("h100")
 
 
 def test_compile_config_takes_whole_jobs_and_bare_sections(write):
@@ -133,7 +149,7 @@ def test_files_are_read_over_those_that_they_include(tmp_path: Path, monkeypatch
     expected = {
         "hidden_size": "models/wide.yaml",
         "num_hidden_layers": "models/small.yaml",
-        "vocab_size": "configs/prefill.yaml",
+        "vocab_size": "configs/model/llama_small.yaml",
         "sp": "job.yaml",
         "scheme": "command line",
         "cache_dtype": "default",

@@ -22,19 +22,24 @@ from tests.training import apart, batch_of, built, plain_step, stepped
 
 
 @pytest.mark.parametrize(
-    ("sp", "fsdp", "config"),
+    ("dp", "sp", "fsdp", "config"),
     [
-        (1, False, {}),
-        (2, False, {"attention": "ulysses"}),
-        (2, True, {}),
-        pytest.param(2, False, {"attention": "ring", "keep_gathered": False}, marks=pytest.mark.slow),
-        pytest.param(2, False, {"codegen": "inductor"}, marks=pytest.mark.slow),
+        (1, 1, False, {}),
+        (1, 2, False, {"attention": "ulysses"}),
+        (1, 2, True, {}),
+        pytest.param(2, 2, True, {"attention": "fetch"}, marks=pytest.mark.slow),
+        pytest.param(1, 2, False, {"attention": "ring", "keep_gathered": False}, marks=pytest.mark.slow),
+        pytest.param(1, 2, False, {"codegen": "inductor"}, marks=pytest.mark.slow),
     ],
 )
-def test_gradients_are_those_of_the_whole_model(ranks, sp: int, fsdp: bool, config: dict[str, Any]):
-    expected = plain_step(cut(), padded_batch())
-    for found in ranks(2 * sp).run(cut_step, sp, fsdp, timeout=900, **config):
-        assert apart(found, expected) <= EXACT
+def test_gradients_are_those_of_the_whole_model(ranks, dp: int, sp: int, fsdp: bool, config: dict[str, Any]):
+    """And the mean over ranks of dp, each of which knows the loss of its own batch."""
+    steps = [plain_step(cut(), padded_batch(seed)) for seed in range(dp)]
+    expected = {name: sum(each[name] for each in steps) / dp for name in steps[0]}
+    for i, found in enumerate(ranks(2 * dp * sp).run(cut_step, dp, sp, fsdp, timeout=900, **config)):
+        of_batch = steps[i // (2 * sp)]
+        own = {name: of_batch[name] for name in ("loss", "logits")}
+        assert apart(found, expected | own) <= EXACT
 
 
 def test_dropout_is_that_of_the_whole_model_or_refused(ranks):
