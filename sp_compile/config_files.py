@@ -1,8 +1,8 @@
 """YAML files that include others, and where each value of what they make comes from.
 
 A file may begin with ``defaults: [prefill, models/small.yaml]``: those are read first, in order, and then the file
-itself over them. Names are files beside the one that includes them, or of configurations that ship with sp_compile, whose
-parts are in folders: ``model/llama_8b``, ``requests/texts``, ``layout/zigzag``.
+itself over them. Names are files beside the one that includes them, or of configurations that ship with sp_compile,
+whose parts are in folders: ``model/llama_8b``, ``requests/texts``, ``layout/zigzag``.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch.autograd import gradcheck
 from torch.nn.attention.flex_attention import create_block_mask
 
 import sp_compile
-from sp_compile import codegen, ops
+from sp_compile import codegen, flex_ops
 from sp_compile.kernels import choice
 from sp_compile.kernels.flex import block_mask, blocks, of_keys
 from tests import training
@@ -32,7 +33,7 @@ LEARNED = "relative bias per head"
 def test_blocks_of_keys_are_those_of_queries_turned(data: st.DataObject):
     case = Drawn(data.draw)
     plan = block_mask(case.operands, [], case.rule, case.valid, *case.sizes)
-    turned = ops.block_mask_of_keys(plan)
+    turned = flex_ops.block_mask_of_keys(plan)
     assert turned.shape == (len(plan), blocks(case.sizes[1]), 2, 1 + blocks(case.sizes[0]))
     for kind in range(2):
         assert torch.equal(flagged(turned[:, :, kind]), flagged(plan[:, :, kind]).transpose(1, 2))
@@ -131,8 +132,9 @@ def random(*shape: int) -> torch.Tensor:
 
 
 def test_gradients_of_what_is_captured_and_of_means():
-    assert gradcheck(lambda value: ops.captured(value, [0, 1, 2, 3], 2), random(2, 1, 5, 3))
-    assert gradcheck(lambda value: ops.captured(value, [3]), random(1, 1, 1, 6))
+    assert gradcheck(lambda value: flex_ops.captured(value, [0, 1, 2, 3], 2), random(2, 1, 5, 3))
+    assert gradcheck(lambda value: flex_ops.captured(value, [3]), random(1, 1, 1, 6))
     seen, valid = torch.tensor([[True, False, True], [False, False, True]]), torch.tensor([True, False, True, True])
     for held in (None, valid):
-        assert gradcheck(lambda out, v: ops.fill_empty(out, v, seen, held), (random(2, 4, 3, 5), random(2, 2, 4, 5)))  # noqa: B023
+        means = partial(flex_ops.fill_empty, seen=seen, valid=held)
+        assert gradcheck(means, (random(2, 4, 3, 5), random(2, 2, 4, 5)))
