@@ -16,7 +16,7 @@ from torch.fx import traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from sp_compile.dynamo.flex import without_flex
-from sp_compile.dynamo.regions import without_checkpoints, without_grad_modes
+from sp_compile.dynamo.regions import check_backwards, without_checkpoints, without_grad_modes
 from sp_compile.dynamo.shards import is_mesh, local_value, tensor_group, without_dtensors
 from sp_compile.dynamo.vmap import without_vmap
 from sp_compile.errors import CaptureError
@@ -62,7 +62,8 @@ class Captured:
         """A program of its own, for passes to rewrite.
 
         Raises:
-            CaptureError: the graph writes to its inputs, or holds writes that cannot be made functional.
+            CaptureError: the graph writes to its inputs, holds writes that cannot be made functional, or has a backward
+                of its own.
         """
         if self._traced is None:
             self._traced = _traced(self._gm)
@@ -115,7 +116,9 @@ def _source(node: fx.Node) -> str:
 
 
 def _retrace(gm: fx.GraphModule, values: Sequence[Any]) -> fx.GraphModule:
-    flat = without_vmap(without_flex(without_dtensors(without_grad_modes(without_checkpoints(gm)))))
+    inlined = without_checkpoints(gm)
+    check_backwards(inlined)
+    flat = without_vmap(without_flex(without_dtensors(without_grad_modes(inlined))))
 
     def run(*inputs: Any) -> Any:
         return fx.Interpreter(flat).run(*inputs)

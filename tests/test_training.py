@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
+import sp_compile
 from sp_compile.errors import BatchError, MeshError, RankMismatchError, UnsupportedModelError
 from tests.training import (
     MODELS,
@@ -105,8 +107,6 @@ def test_a_loss_whose_logits_never_exist(ranks, name: str):
 
 def gathers(keep: bool, checkpoint: bool) -> tuple[dict[str, torch.Tensor], list[int]]:
     """A step by generated code, and how often keys and values were gathered in its forward and its backward."""
-    import sp_compile
-
     model = plain()
     if checkpoint:
         layer = model.layer
@@ -159,8 +159,6 @@ def test_autocast_is_as_exact_as_on_one_rank(ranks):
 
 def dropped(sp_rows: int, chance: float, checkpoint: bool = False, strategy: str = "fetch") -> list[torch.Tensor]:
     """Loss and gradients of two steps of GPT-2 with dropout, from one seed."""
-    import sp_compile
-
     torch.manual_seed(SEED)
     chances = {"resid_pdrop": chance, "embd_pdrop": chance, "attn_pdrop": chance}
     parallel = sp_compile.parallelize(built("GPT2", **chances), codegen="eager", attention=strategy, strict=True)
@@ -191,8 +189,6 @@ def test_checkpointed_layers_draw_again_what_they_drew(ranks):
 def trained(name: str, steps: int, accumulated: int, outputs: str) -> list[float]:
     """Losses of steps of AdamW with clipped gradients; with ranks where there is a group."""
     import torch.distributed as dist
-
-    import sp_compile
 
     model = built(name)
     spread = dist.is_initialized()
@@ -233,12 +229,59 @@ class Noisy(Plain):
         return torch.nn.functional.cross_entropy(logits.view(-1, 128), labels.reshape(-1))
 
 
+class Halved(torch.autograd.Function):
+    """Hands on half of its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad / 2
+
+
+class OwnBackward(Plain):
+    """Every layer reads half of its gradient back, and may be checkpointed."""
+
+    checkpointed = False
+
+    def layer(self, x: torch.Tensor, i: int) -> torch.Tensor:
+        if self.checkpointed:
+            return checkpoint(lambda y: super(OwnBackward, self).layer(Halved.apply(y), i), x, use_reentrant=False)
+        return super().layer(Halved.apply(x), i)
+
+
+def refused_backward(checkpointed: bool) -> str:
+    model = OwnBackward()
+    model.checkpointed = checkpointed
+    parallel = sp_compile.parallelize(model, sp=1, codegen="eager")
+    return told(lambda: parallel(**batch_of()))
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_backward_of_the_model_s_own_is_not_lost_silently(checkpointed: bool):
+    message = refused_backward(checkpointed)
+    assert message.startswith("CaptureError: a torch.autograd.Function at tests/test_training.py:")
+    assert "has a backward of its own, which is not kept" in message
+
+
+def test_a_backward_of_the_model_s_own_is_nothing_to_a_forward_and_to_what_is_frozen():
+    model = OwnBackward()
+    parallel = sp_compile.parallelize(model, sp=1, codegen="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(parallel(**batch_of()), model(**batch_of()))
+    model.requires_grad_(False)
+    model.head.weight.requires_grad_(True)
+    step = batch_of()
+    found = plain_step(parallel, step)["head.weight"].clone()
+    torch.testing.assert_close(found, plain_step(model, step)["head.weight"])
+
+
 def refusals() -> list[str]:
     """What bad input to a step of training says."""
     import torch.distributed as dist
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
-
-    import sp_compile
 
     batch = batch_of()
     llama = sp_compile.parallelize(built("Llama"), codegen="eager")
