@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from servers import Server, answer, serve, spent, write
 import sp_compile
 from sp_compile.measure import machine, versions
 
+RETURNED = 1 << 20  # bytes from which on glibc gives freed memory back at once, so that a peak is that of tensors
 SETUPS = [
     Setup("torch.compile, 1 thread", "compile", 1, 1),
     Setup("torch.compile, 2 threads", "compile", 1, 2),
@@ -105,6 +107,7 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="where to write the figures")
     options = parser.parse_args()
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(RETURNED))
     rows = measure(options.rounds, options.tokens, options.setups, options.layers)
     print(table(rows))
     if options.json is not None:

@@ -263,7 +263,13 @@ def wait(started: torch.Tensor) -> torch.Tensor:
     return _Wait.apply(started)  # type: ignore[no-any-return, no-untyped-call]
 
 
+def copied(over: torch.Tensor, source: torch.Tensor, _: bool = False) -> torch.Tensor:
+    """What ``over`` holds once ``source`` was written over it; torch knows no derivative of its op for that."""
+    return source.to(over).expand(over.shape).contiguous()
+
+
 DERIVED: dict[Any, Callable[..., Any]] = {
+    aten.copy.default: copied,
     c10d.all_gather_into_tensor.default: all_gather,
     c10d.all_reduce.default: all_reduce,
     c10d.all_to_all_single.default: all_to_all,
@@ -273,7 +279,7 @@ DERIVED: dict[Any, Callable[..., Any]] = {
 
 
 def with_derivatives(gm: fx.GraphModule) -> fx.GraphModule:
-    """The same graph, with collectives that torch can differentiate."""
+    """The same graph, with collectives and copies that torch can differentiate."""
     graph = fx.Graph()
     own: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(gm.graph, own))

@@ -278,6 +278,25 @@ def test_a_backward_of_the_model_s_own_is_nothing_to_a_forward_and_to_what_is_fr
     torch.testing.assert_close(found, plain_step(model, step)["head.weight"])
 
 
+class Written(Plain):
+    """Adds the mean of the first chunk of 4 rows, which it writes into a tensor, as linear attention does."""
+
+    def layer(self, x: torch.Tensor, i: int) -> torch.Tensor:
+        y = super().layer(x, i)
+        padded = torch.nn.functional.pad(y, (0, 0, 0, -y.shape[1] % 4))
+        chunks = padded.reshape(len(y), padded.shape[1] // 4, -1, y.shape[2])
+        first = torch.zeros(len(y), 4, y.shape[2], dtype=y.dtype)
+        first[:] = chunks[:, 0]  # of a size that is 4 for all lengths, as only arithmetic knows
+        return y + first.mean(dim=1, keepdim=True)
+
+
+def test_what_is_written_into_a_tensor_has_gradients():
+    model = Written().double()
+    expected = {name: each.clone() for name, each in plain_step(model, batch_of()).items()}
+    parallel = sp_compile.parallelize(model, sp=1, codegen="eager")
+    assert apart(plain_step(parallel, batch_of()), expected) <= EXACT
+
+
 def refusals() -> list[str]:
     """What bad input to a step of training says."""
     import torch.distributed as dist
