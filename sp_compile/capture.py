@@ -15,8 +15,9 @@ from torch.distributed.tensor import DTensor
 from torch.fx import traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from sp_compile.dynamo.backwards import without_own_backwards
 from sp_compile.dynamo.flex import without_flex
-from sp_compile.dynamo.regions import check_backwards, without_checkpoints, without_grad_modes
+from sp_compile.dynamo.regions import without_checkpoints, without_grad_modes
 from sp_compile.dynamo.shards import is_mesh, local_value, tensor_group, without_dtensors
 from sp_compile.dynamo.vmap import without_vmap
 from sp_compile.errors import CaptureError
@@ -62,8 +63,8 @@ class Captured:
         """A program of its own, for passes to rewrite.
 
         Raises:
-            CaptureError: the graph writes to its inputs, holds writes that cannot be made functional, or has a backward
-                of its own.
+            CaptureError: the graph writes to its inputs, holds writes that cannot be made functional, or a backward of
+                its own that cannot be kept.
         """
         if self._traced is None:
             self._traced = _traced(self._gm)
@@ -116,9 +117,8 @@ def _source(node: fx.Node) -> str:
 
 
 def _retrace(gm: fx.GraphModule, values: Sequence[Any]) -> fx.GraphModule:
-    inlined = without_checkpoints(gm)
-    check_backwards(inlined)
-    flat = without_vmap(without_flex(without_dtensors(without_grad_modes(inlined))))
+    differentiable = without_grad_modes(without_own_backwards(without_checkpoints(gm)))
+    flat = without_vmap(without_flex(without_dtensors(differentiable)))
 
     def run(*inputs: Any) -> Any:
         return fx.Interpreter(flat).run(*inputs)

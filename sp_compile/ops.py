@@ -196,6 +196,29 @@ def _(*args: Any) -> torch.Tensor:
     return torch.empty(torch.library.get_ctx().new_dynamic_size(), 8, dtype=torch.int64)
 
 
+@torch.library.custom_op("sp_compile::sloped", mutates_args=())
+def sloped(value: torch.Tensor, x: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
+    """The value, whose derivative by ``x`` is ``slope``, element by element; all are of one shape."""
+    return value.clone()
+
+
+@sloped.register_fake
+def _(value: torch.Tensor, *_: Any) -> torch.Tensor:
+    return torch.empty_like(value)
+
+
+def _save_slope(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    ctx.save_for_backward(inputs[2])
+
+
+def _sloped_gradient(ctx: Any, grad: torch.Tensor) -> Any:
+    (slope,) = ctx.saved_tensors
+    return grad, (grad * slope).to(slope.dtype), None
+
+
+sloped.register_autograd(_sloped_gradient, setup_context=_save_slope)
+
+
 @torch.library.custom_op("sp_compile::attention", mutates_args=())
 def attention(
     q: torch.Tensor,

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from sp_compile.layout import token_layout
 from sp_compile.linear_loss import linear_cross_entropy
+from sp_compile.ops import sloped
 from sp_compile.placements import REPLICATE, Partial, Shard, describe
 from sp_compile.program import placement
 from sp_compile.rules import RULES, Call, NoRule, apply
@@ -94,6 +95,7 @@ POINTWISE = [
     Case("aten.add", ROWS, lambda x: x[:, :, None] + x[:, None]),
     Case("aten.where", ROWS, lambda x: torch.where(x > 0, x, 2 * x)),
     Case("aten.masked_fill", ROWS, lambda x: x.masked_fill(x > 0, 3.0)),
+    Case("sp_compile.sloped", ROWS, lambda x: sloped(x.tanh(), x, x * x), **WRITTEN),
     Case("aten.copy", ROWS, lambda x: aten.copy.default(2 * x, x[..., :1])),
     Case(
         "aten.cross_entropy_loss",

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
 
 import sp_compile
 from sp_compile.errors import BatchError, MeshError, RankMismatchError, UnsupportedModelError
@@ -227,55 +226,6 @@ class Noisy(Plain):
         x = self.embed(input_ids)
         logits = self.head(x + 0.1 * torch.randn_like(x))
         return torch.nn.functional.cross_entropy(logits.view(-1, 128), labels.reshape(-1))
-
-
-class Halved(torch.autograd.Function):
-    """Hands on half of its gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-        return grad / 2
-
-
-class OwnBackward(Plain):
-    """Every layer reads half of its gradient back, and may be checkpointed."""
-
-    checkpointed = False
-
-    def layer(self, x: torch.Tensor, i: int) -> torch.Tensor:
-        if self.checkpointed:
-            return checkpoint(lambda y: super(OwnBackward, self).layer(Halved.apply(y), i), x, use_reentrant=False)
-        return super().layer(Halved.apply(x), i)
-
-
-def refused_backward(checkpointed: bool) -> str:
-    model = OwnBackward()
-    model.checkpointed = checkpointed
-    parallel = sp_compile.parallelize(model, sp=1, codegen="eager")
-    return told(lambda: parallel(**batch_of()))
-
-
-@pytest.mark.parametrize("checkpointed", [False, True])
-def test_a_backward_of_the_model_s_own_is_not_lost_silently(checkpointed: bool):
-    message = refused_backward(checkpointed)
-    assert message.startswith("CaptureError: a torch.autograd.Function at tests/test_training.py:")
-    assert "has a backward of its own, which is not kept" in message
-
-
-def test_a_backward_of_the_model_s_own_is_nothing_to_a_forward_and_to_what_is_frozen():
-    model = OwnBackward()
-    parallel = sp_compile.parallelize(model, sp=1, codegen="eager")
-    with torch.no_grad():
-        torch.testing.assert_close(parallel(**batch_of()), model(**batch_of()))
-    model.requires_grad_(False)
-    model.head.weight.requires_grad_(True)
-    step = batch_of()
-    found = plain_step(parallel, step)["head.weight"].clone()
-    torch.testing.assert_close(found, plain_step(model, step)["head.weight"])
 
 
 class Written(Plain):

@@ -1,7 +1,7 @@
 """What a graph for training has besides ops: regions that are checkpointed, and regions without gradients.
 
 Checkpointed calls are inlined, their nodes marked to be computed again in the backward. What a region under ``no_grad``
-computes is detached, so that the rest of the compiler need not know of modes. Backwards of a model's own are refused.
+computes is detached, so that the rest of the compiler need not know of modes.
 """
 
 from __future__ import annotations
@@ -11,9 +11,6 @@ from typing import Any
 import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
-
-from sp_compile.errors import CaptureError
-from sp_compile.program import source_line
 
 _CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 _SET_GRAD = torch._C._set_grad_enabled
@@ -58,21 +55,6 @@ def _inlined(gm: fx.GraphModule, graph: fx.Graph, call: fx.Node, own: dict[fx.No
             inner[node] = graph.node_copy(node, inner.__getitem__)
             inner[node].meta.update(recompute=CheckpointPolicy.PREFER_RECOMPUTE, ac_graph_id=region)
     raise AssertionError("a graph has an output")
-
-
-def check_backwards(gm: fx.GraphModule) -> None:
-    """Check that derivatives are those of the ops.
-
-    Raises:
-        CaptureError: the model has a ``torch.autograd.Function``, whose own backward would be lost.
-    """
-    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.higher_order.autograd_function_apply):
-        values = [each.meta.get("example_value") for each in node.all_input_nodes]
-        if any(isinstance(each, torch.Tensor) and each.requires_grad for each in values):
-            raise CaptureError(
-                f"a torch.autograd.Function at {source_line(node) or 'an unknown line'} has a backward of its own, "
-                "which is not kept; write it as ops with the same derivative, or freeze what it reads"
-            )
 
 
 def without_grad_modes(gm: fx.GraphModule) -> fx.GraphModule:

@@ -29,7 +29,7 @@ RULES: dict[str, Rule] = _table(
         pointwise.pointwise: "aten::where aten::masked_fill aten::copy aten::full_like aten::zeros_like "
         "aten::ones_like aten::empty_like aten::rand_like aten::rsub aten::true_divide aten::max.other aten::min.other "
         "aten::__and__ aten::__or__ aten::__xor__ aten::isclose aten::hardswish aten::log_sigmoid aten::polar "
-        "aten::complex aten::real aten::imag aten::_conj",
+        "aten::complex aten::real aten::imag aten::_conj sp_compile::sloped",
         pointwise.keeps_rows: "aten::clone aten::alias aten::detach aten::_to_copy aten::to aten::contiguous "
         "aten::lift_fresh_copy",
         pointwise.like_first: "aten::type_as",

@@ -68,6 +68,35 @@ def compare(name: str, kind: str, dtype: torch.dtype = torch.float32, codegen: s
     return Outcome(error, "", fallbacks, parallel.isolated, tuple(wide_values(parallel)))
 
 
+def compare_gradients(name: str, dtype: torch.dtype = torch.float64) -> Outcome:
+    """Compare gradients of all parameters, by a fixed weighting of the logits.
+
+    The error is over the scale of each, or a hundredth of the largest where that is more: of some, such as biases of
+    keys, nothing but rounding is left.
+    """
+    inputs, found = batch("plain"), {}
+    for sharded in (False, True):
+        model: Any = build(name, dtype)
+        for each in model.modules():
+            if hasattr(each, "config"):
+                each.config._experts_implementation = "batched_mm"  # grouped products take no fp64
+        options: dict[str, Any] = {"use_cache": False} if takes(model, "use_cache") else {}
+        run = sp_compile.parallelize(model, codegen="eager", gradients="always") if sharded else model
+        try:
+            logits = run(**inputs, **options)[0]
+        except sp_compile.SPCompileError as error:
+            return Outcome(None, f"{type(error).__name__}: {error}", ())
+        (logits * torch.randn(logits.shape, generator=torch.Generator().manual_seed(5))).sum().backward()
+        found[sharded] = {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
+    least = max(float(each.abs().max()) for each in found[False].values()) / 100
+    assert found[True].keys() == found[False].keys()
+    error = max(
+        float((found[True][name] - each).abs().max()) / max(float(each.abs().max()), least)
+        for name, each in found[False].items()
+    )
+    return Outcome(error, "", ())
+
+
 def takes(model: nn.Module, argument: str) -> bool:
     """Whether the model's forward has the argument."""
     return argument in inspect.signature(model.forward).parameters

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.zoo.compare import Outcome, compare
+from tests.zoo.compare import Outcome, compare, compare_gradients
 from tests.zoo.models import ENTRIES
 
 pytest.importorskip("transformers")
@@ -63,6 +63,7 @@ SOME = ("llama", "gpt2", "falcon", "diffllama", "mistral", "phi3", "mixtral", "q
         "lfm3")  # fmt: skip
 SOME_MIXING = ("lfm3", "xlnet")  # the others take long
 SOME_GENERATED = ("gpt_oss", "mistral", "mixtral", "deepseek_v3")
+SOME_TRAINED = ("bloom", "gpt_oss", "zaya")
 SOME_ISOLATED = (pytest.param("gpt_oss", marks=pytest.mark.slow), "bloom", "roberta")
 
 
@@ -134,6 +135,23 @@ def test_packed_requests_that_would_mix_are_refused_with_the_op(ranks, name: str
 @pytest.mark.parametrize("name", SOME_ISOLATED)
 def test_isolated_requests_are_right_on_three_ranks(ranks, name: str):
     check(run(ranks, name, "packed", sp=3), name)
+
+
+# Many round to fp32 inside, which gates of experts and sinks amplify.
+GRADIENTS = 1e-4
+NOT_IN_FP64 = ("xglm", "inkling2_text")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(each, marks=[] if each in SOME_TRAINED else pytest.mark.slow)
+             for each in CAPTURED],
+)  # fmt: skip
+def test_gradients_are_right_on_two_ranks(ranks, name: str):
+    dtype = torch.float32 if name in NOT_IN_FP64 else torch.float64
+    for outcome in ranks(2).run(compare_gradients, name, dtype, timeout=300):
+        assert not outcome.raised
+        assert outcome.error is not None
+        assert outcome.error <= GRADIENTS
 
 
 @pytest.mark.parametrize("name", NOT_ONE_GRAPH)
