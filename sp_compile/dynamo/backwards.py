@@ -59,12 +59,15 @@ def _applied(gm: fx.GraphModule, node: fx.Node) -> Callable[..., Any]:
         f"the torch.autograd.Function at {source_line(node) or 'an unknown line'} has a backward of its own that is "
         "not one of elements, and would be lost; write it as ops with the same derivative, or freeze what it reads"
     )
-    if not _of_elements(backward.graph):
+    # before torch 2.13 bodies may begin with a context that they do not read
+    context = [None] * (len(forward.graph.find_nodes(op="placeholder")) - len(node.args[2:]))
+    if not _of_elements(backward.graph, len(context)):
         raise refused
 
-    def run(*inputs: Any) -> tuple[torch.Tensor]:
-        (value, *others), saved = fx.Interpreter(forward).run(*inputs)
-        slopes = fx.Interpreter(backward).run(torch.ones_like(value), *saved)
+    def run(*inputs: Any) -> Any:
+        output, saved = fx.Interpreter(forward).run(*context, *inputs)
+        value, *others = _listed(output)
+        slopes = _listed(fx.Interpreter(backward).run(*context, torch.ones_like(value), *saved))
         if others or len(slopes) != len(inputs):
             raise refused
         value = value.detach()
@@ -74,7 +77,7 @@ def _applied(gm: fx.GraphModule, node: fx.Node) -> Callable[..., Any]:
             if not slope.shape == each.shape == value.shape:
                 raise refused
             value = ops.sloped(value, each, slope.to(each.dtype).detach())
-        return (value,)
+        return value if isinstance(output, torch.Tensor) else (value,)
 
     return run
 
@@ -88,12 +91,16 @@ def _without_modes(body: fx.GraphModule) -> fx.GraphModule:
     return plain
 
 
-def _of_elements(graph: fx.Graph) -> bool:
-    """Whether a backward multiplies each element of its first input by something."""
-    gradients = {next(iter(graph.nodes))}
+def _listed(values: Any) -> list[Any]:
+    return [*values] if isinstance(values, (tuple, list)) else [values]
+
+
+def _of_elements(graph: fx.Graph, at: int) -> bool:
+    """Whether a backward multiplies each element of the gradient, its input ``at``, by something."""
+    gradients = {graph.find_nodes(op="placeholder")[at]}
     for node in graph.nodes:
         if node.op == "output":
-            return all(each is None or each in gradients for each in node.args[0])
+            return all(each is None or each in gradients for each in _listed(node.args[0]))
         read = [each for each in node.args if isinstance(each, fx.Node) and each in gradients]
         if not gradients.isdisjoint(node.all_input_nodes):
             if not _is_linear(node, read):
