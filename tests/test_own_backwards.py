@@ -120,6 +120,13 @@ REFUSED = {
 }
 
 
+def hooked(model: Any, x: torch.Tensor) -> torch.Tensor:
+    y = x.tanh()
+    if y.requires_grad:
+        y.register_hook(lambda grad: grad / 2)
+    return y
+
+
 class Own(Plain):
     """Every layer begins with one of these."""
 
@@ -159,6 +166,13 @@ def test_others_are_refused_by_name(name: str):
     message = told(lambda: parallel(**batch_of()))
     assert message.startswith("CaptureError: the torch.autograd.Function at tests/test_own_backwards.py:")
     assert "has a backward of its own that is not one of elements, and would be lost" in message
+
+
+def test_hooks_on_gradients_are_refused_by_name():
+    parallel = sp_compile.parallelize(Own(hooked), sp=1, codegen="eager")
+    message = told(lambda: parallel(**batch_of()))
+    assert message.startswith("CaptureError: ")
+    assert "test_own_backwards.py" in message
 
 
 def test_others_do_not_matter_to_a_forward_nor_to_what_is_frozen():

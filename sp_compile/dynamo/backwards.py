@@ -30,8 +30,14 @@ def without_own_backwards(gm: fx.GraphModule) -> fx.GraphModule:
     """The same graph, with every such function replaced by what it computes and the slopes that its backward gives.
 
     Raises:
-        CaptureError: a backward is not one of elements, and would be lost.
+        CaptureError: a backward is not one of elements, or a hook changes a gradient, which would be lost.
     """
+    for node in gm.graph.nodes:
+        if getattr(node.target, "__name__", "") == "register_hook":
+            raise CaptureError(
+                f"the hook on a gradient at {source_line(node) or 'an unknown line'} would be lost; take it out, or put it "
+                "on a parameter"
+            )
     if not any(_has_gradient(node) for node in gm.graph.nodes):
         return gm
     graph = fx.Graph()
