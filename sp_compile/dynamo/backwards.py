@@ -35,8 +35,8 @@ def without_own_backwards(gm: fx.GraphModule) -> fx.GraphModule:
     for node in gm.graph.nodes:
         if getattr(node.target, "__name__", "") == "register_hook":
             raise CaptureError(
-                f"the hook on a gradient at {source_line(node) or 'an unknown line'} would be lost; take it out, or put it "
-                "on a parameter"
+                f"the hook on a gradient at {source_line(node) or 'an unknown line'} would be lost; take it out, or "
+                "put it on a parameter"
             )
     if not any(_has_gradient(node) for node in gm.graph.nodes):
         return gm
