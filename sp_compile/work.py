@@ -83,7 +83,7 @@ def work_of(program: Program, attentions: Sequence[Attention], apart: bool) -> W
     for node in program.graph.nodes:
         if not is_heavy(node):
             continue
-        values = [each for each in node.all_input_nodes if not _is_weight(each) and is_tensor(each)]
+        values = [each for each in node.all_input_nodes if is_tensor(each) and of_tokens(each)]
         moved = size(node) + sum(map(size, values))
         traffic += moved
         widest = max(widest, moved) if node not in heads else widest

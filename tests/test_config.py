@@ -32,8 +32,8 @@ def test_the_shipped_job_is_found_by_each_of_its_names(tmp_path: Path, monkeypat
 
 
 def test_parts_that_ship_are_put_together(write):
-    job = load_config(write("defaults: [prefill, model/qwen3_moe_30b, requests/long_prompt]\nrun: {sp: 8}"))
-    assert (job.model.architecture, job.model.config["num_experts"]) == ("Qwen3MoeForCausalLM", 128)
+    job = load_config(write("defaults: [prefill, model/mixtral_8x7b, requests/long_prompt]\nrun: {sp: 8}"))
+    assert (job.model.architecture, job.model.config["num_local_experts"]) == ("MixtralForCausalLM", 8)
     assert (job.requests.lengths, job.run.sp, job.run.repeats) == ([131072], 8, 3)
     assert load_config("model/llama_8b").model.config == load_config("configs/llama_8b.yaml").model.config
     with pytest.raises(ConfigError, match=r"no file 'model/lama_8b'.*did you mean 'model/llama_8b.yaml'\?"):

@@ -65,6 +65,11 @@ def test_of_experts_only_those_that_compute_are_counted():
     )
     assert two.operations - one.operations == 2 * LAYERS * 3 * WIDTH * INNER
     assert two.weights == one.weights
+    more, _ = work_of_job(job(*experts, "model.config.num_local_experts=64"), H100.rates(1))
+    assert more.weights > 6 * two.weights
+    router = LAYERS * 56 * 4  # bytes of what it says of the experts that are more
+    assert two.traffic <= more.traffic <= two.traffic + router
+    assert two.saved <= more.saved <= two.saved + 3 * router
 
 
 def free(**rates: Any) -> Hardware:
