@@ -75,7 +75,8 @@ class _Job:
         """What makes it another job: on one rank all strategies are one."""
         sp, compiled = self.config.run.sp, self.config.compile
         apart = (compiled.attention, compiled.scheme) if sp > 1 else ()
-        return self.lengths, sp, apart, self.work
+        others = dataclasses.replace(compiled, attention=AUTO, scheme=AUTO)
+        return self.lengths, sp, apart, repr(others), self.work
 
     def predicted(self, hardware: Hardware) -> float:
         sp = self.config.run.sp

@@ -7,6 +7,7 @@ whose parts are in folders: ``model/llama_8b``, ``requests/texts``, ``layout/zig
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -20,7 +21,8 @@ from omegaconf.errors import OmegaConfBaseException
 from sp_compile.errors import ConfigError, nearest
 
 INCLUDES = "defaults"
-HOME = "configs/"  # how files that ship are called, wherever they lie
+OF_MACHINES = "hardware/"  # no parts of jobs
+HOME = "sp_compile/configs/"  # how files that ship are called, wherever they lie
 
 
 class Part(NamedTuple):
@@ -43,34 +45,39 @@ def read_parts(source: str | Path, kind: str = "") -> list[Part]:
     return list(_read(str(source), Path(), (), kind))
 
 
-def _read(name: str, folder: Path, readers: tuple[str, ...], kind: str) -> Iterator[Part]:
-    path, text = _find(name, folder, readers, kind)
-    if path.resolve() in [Path(each).resolve() for each in readers]:
-        raise ConfigError(f"{' includes '.join((*readers, str(path)))}: files include one another in a circle")
-    content = _mapping(text, str(path))
+def _read(name: str, folder: Path | None, readers: tuple[str, ...], kind: str) -> Iterator[Part]:
+    """As :func:`read_parts`; without a folder, of files that ship alone, which are what those include."""
+    origin, text, folder = _find(name, folder, readers, kind)
+    if origin in readers:
+        raise ConfigError(f"{' includes '.join((*readers, origin))}: files include one another in a circle")
+    content = _mapping(text, origin)
     includes = content.pop(INCLUDES, None) or []
     if not isinstance(includes, list) or not all(isinstance(each, str) for each in includes):
-        raise ConfigError(f"{path}: {INCLUDES} is {includes!r}; expected a list of files to read first")
+        raise ConfigError(f"{origin}: {INCLUDES} is {includes!r}; expected a list of files to read first")
     for each in includes:
-        yield from _read(each, path.parent, (*readers, str(path)), kind)
-    yield Part(str(path), content)
+        yield from _read(each, folder, (*readers, origin), kind)
+    yield Part(origin, content)
 
 
-def _find(name: str, folder: Path, readers: Sequence[str], kind: str) -> tuple[Path, str]:
-    """The path of a file, or the name of one that ships, and its text."""
-    for path in (folder / name, folder / f"{name}.yaml"):
+def _find(name: str, folder: Path | None, readers: Sequence[str], kind: str) -> tuple[str, str, Path | None]:
+    """What a file is called, its text, and its folder, where it is not one that ships."""
+    for path in () if folder is None else (folder / name, folder / f"{name}.yaml"):
         try:
             if path.is_file():
-                return path, path.read_text(encoding="utf-8")
+                return os.path.normpath(path), path.read_text(encoding="utf-8"), path.parent
         except OSError as error:
             raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
         except UnicodeDecodeError as error:
             raise ConfigError(f"{path} cannot be read: it is no text in UTF-8") from error
-    shipped = dict(_shipped(resources.files("sp_compile.configs"), ""))
-    file = (name if name.endswith(".yaml") else f"{name}.yaml").removeprefix(HOME)
-    for each in (f"{kind}/{file}", file):
-        if each in shipped and each.startswith(kind):
-            return Path(HOME, each), shipped[each].read_text(encoding="utf-8")
+    before = f"{kind}/" if kind else ""
+    shipped = {
+        each.removeprefix(before): file for each, file in _shipped(resources.files("sp_compile.configs"), "")
+        if (each.startswith(before) if kind else not each.startswith(OF_MACHINES))
+    }  # fmt: skip
+    file = (name if name.endswith(".yaml") else f"{name}.yaml").removeprefix("./").removeprefix("configs/")
+    file = file.removeprefix(before)
+    if file in shipped:
+        return f"{HOME}{before}{file}", shipped[file].read_text(encoding="utf-8"), None
     reader = f", which {readers[-1]} includes" if readers else ""
     hint = nearest(file, shipped)
     raise ConfigError(f"there is no file {name!r}{reader}, and none of that name ships with sp_compile{hint}")

@@ -208,12 +208,13 @@ def _(value: torch.Tensor, *_: Any) -> torch.Tensor:
 
 
 def _save_slope(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    ctx.dtype = inputs[1].dtype
     ctx.save_for_backward(inputs[2])
 
 
 def _sloped_gradient(ctx: Any, grad: torch.Tensor) -> Any:
     (slope,) = ctx.saved_tensors
-    return grad, (grad * slope).to(slope.dtype), None
+    return grad, (grad * slope).to(ctx.dtype), None
 
 
 sloped.register_autograd(_sloped_gradient, setup_context=_save_slope)

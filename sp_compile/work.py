@@ -26,9 +26,9 @@ class Work:
         operations: of products with weights; a multiplication and an addition are two.
         head: those of them that only the outputs come from.
         repeated: those of products that every rank computes for all tokens.
-        traffic: bytes that products and attention read and write besides weights.
+        traffic: bytes of tokens that products and attention read and write.
         widest: of those the most at one product that not only the outputs come from.
-        saved: bytes that a backward needs, one for each value that a product or attention reads.
+        saved: bytes that a backward needs, of each value of tokens that a product or attention reads.
         outputs: bytes of the model's outputs.
         keys: bytes of keys and values in all attentions together.
         weights: bytes of parameters and buffers, whatever the tokens are.
@@ -81,14 +81,14 @@ def work_of(program: Program, attentions: Sequence[Attention], apart: bool) -> W
     heads = _heads(program)
     traffic, widest, read = 0.0, 0.0, set()
     for node in program.graph.nodes:
-        if not is_heavy(node):
+        if not is_heavy(node) or (is_product(node) and not of_tokens(node)):
             continue
         values = [each for each in node.all_input_nodes if is_tensor(each) and of_tokens(each)]
         moved = size(node) + sum(map(size, values))
         traffic += moved
         widest = max(widest, moved) if node not in heads else widest
         read.update(values)
-        if is_product(node) and of_tokens(node):
+        if is_product(node):
             spread = isinstance(placement(node), Shard)
             of_node = 2.0 * multiplications(node, of_token)
             operations["spread" if spread else "repeated"] += of_node

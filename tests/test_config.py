@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sp_compile.config import CompileConfig, JobConfig, compile_config, load_config, show_config
+from sp_compile.config_files import read_parts
 from sp_compile.errors import ConfigError
 from sp_compile.loading import read_requests
 
@@ -38,6 +39,19 @@ def test_parts_that_ship_are_put_together(write):
     assert load_config("model/llama_8b").model.config == load_config("configs/llama_8b.yaml").model.config
     with pytest.raises(ConfigError, match=r"no file 'model/lama_8b'.*did you mean 'model/llama_8b.yaml'\?"):
         load_config("model/lama_8b")
+
+
+def test_files_of_ones_own_do_not_change_those_that_ship(tmp_path: Path, monkeypatch):
+    shipped = load_config("prefill")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs" / "model").mkdir(parents=True)
+    (tmp_path / "configs" / "model" / "llama_small.yaml").write_text("model: {seed: 99}")
+    own = tmp_path / "configs" / "model" / "llama_8b.yaml"
+    own.write_text("defaults: [model/llama_8b]\nmodel: {seed: 7}")
+    assert load_config("prefill") == load_config("./prefill") == shipped
+    assert load_config(own).model.seed == 7
+    assert load_config(own).model.config == load_config("model/llama_8b").model.config
+    assert load_config("configs/model/llama_small.yaml").model.seed == 99
 
 
 def test_every_key_has_a_value_in_the_parts_of_the_shipped_jobs():
@@ -97,8 +111,14 @@ def test_a_missing_file_names_the_nearest_shipped_one(tmp_path: Path):
         load_config("prefil.yaml")
     with pytest.raises(ConfigError, match="there is no file"):
         load_config(tmp_path / "prefill.yaml")
-    with pytest.raises(ConfigError, match="there is no file"):
-        load_config("h100")
+    for name in ("h100", "hardware/h100"):
+        with pytest.raises(ConfigError, match="there is no file"):
+            load_config(name)
+    with pytest.raises(ConfigError, match=r"no file 'h10', .*did you mean 'h100.yaml'\?"):
+        read_parts("h10", "hardware")
+    with pytest.raises(ConfigError, match="no file 'prefill'"):
+        read_parts("prefill", "hardware")
+    assert read_parts("hardware/h100", "hardware") == read_parts("h100.yaml", "hardware")
 
 
 def test_compile_config_takes_whole_jobs_and_bare_sections(write):
@@ -149,7 +169,7 @@ def test_files_are_read_over_those_that_they_include(tmp_path: Path, monkeypatch
     expected = {
         "hidden_size": "models/wide.yaml",
         "num_hidden_layers": "models/small.yaml",
-        "vocab_size": "configs/model/llama_small.yaml",
+        "vocab_size": "sp_compile/configs/model/llama_small.yaml",
         "sp": "job.yaml",
         "scheme": "command line",
         "cache_dtype": "default",
