@@ -26,14 +26,8 @@ def block_mask(
 
 
 @block_mask.register_fake
-def _(
-    operands: Sequence[torch.Tensor],
-    tables: Sequence[torch.Tensor],
-    rule: str,
-    valid: torch.Tensor | None,
-    q_rows: torch.Tensor,
-    k_rows: torch.Tensor,
-) -> torch.Tensor:
+def _(*args: Any) -> torch.Tensor:
+    operands, _, rule, _, q_rows, k_rows = args
     queries, keys = (flex.blocks(each.shape[0]) for each in (q_rows, k_rows))
     return torch.empty(plans.mask_rows(rule, operands) or 1, queries, 2, 1 + keys, dtype=torch.int32)
 
@@ -101,15 +95,10 @@ def seen_rows(
 
 
 @seen_rows.register_fake
-def _(
-    operands: Sequence[torch.Tensor],
-    tables: Sequence[torch.Tensor],
-    rule: str,
-    valid: torch.Tensor | None,
-    q_rows: torch.Tensor,
-    k_rows: torch.Tensor,
-) -> torch.Tensor:
-    return q_rows.new_empty(plans.mask_rows(rule, operands) or 1, q_rows.shape[0], dtype=torch.bool)
+def _(*args: Any) -> torch.Tensor:
+    operands, _, rule, _, q_rows, _ = args
+    seen: torch.Tensor = q_rows.new_empty(plans.mask_rows(rule, operands) or 1, q_rows.shape[0], dtype=torch.bool)
+    return seen
 
 
 @torch.library.custom_op("sp_compile::fill_empty", mutates_args=())

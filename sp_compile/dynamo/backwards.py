@@ -18,12 +18,12 @@ import torch
 from torch import fx
 
 from sp_compile import ops
+from sp_compile.dynamo.regions import MARKS
 from sp_compile.errors import CaptureError
 from sp_compile.program import source_line
 
 _APPLY = torch.ops.higher_order.autograd_function_apply
 KNOWN = ("torch", "einops")  # whose functions have the derivatives of their ops
-MARKS = ("recompute", "ac_graph_id")  # of a checkpointed region
 # By names of functions, operators and methods:
 SAME = frozenset({"clone", "contiguous", "neg", "view_as", "view", "reshape"})
 CASTS = frozenset({"to", "type_as", "float", "double", "half", "bfloat16"})

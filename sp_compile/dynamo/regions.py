@@ -13,6 +13,7 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 _CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
+MARKS = ("recompute", "ac_graph_id")  # that nodes of a checkpointed call carry
 _SET_GRAD = torch._C._set_grad_enabled
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from sp_compile.dynamo.regions import MARKS
 from sp_compile.errors import CaptureError
 from sp_compile.program import source_line
 
@@ -216,7 +217,7 @@ class _Local:
 
     def _call(self, target: Callable[..., Any], *args: Any) -> fx.Node:
         node = self.graph.call_function(target, args)
-        kept = ("stack_trace", "recompute", "ac_graph_id", "nn_module_stack")
+        kept = ("stack_trace", "nn_module_stack", *MARKS)
         node.meta = {name: self._node.meta[name] for name in kept if name in self._node.meta}
         return node
 
