@@ -34,7 +34,8 @@ from sp_compile.rule_derivatives import underivable
 from sp_compile.score_rule import assigns
 from sp_compile.symbols import is_float, shape_of
 
-PLANS = {"tiles": torch.ops.sp_compile.tile_plan.default, "flex": torch.ops.sp_compile.block_mask.default}
+TILES = torch.ops.sp_compile.tile_plan.default
+PLANS = {"tiles": TILES, "fused": TILES, "flex": torch.ops.sp_compile.block_mask.default}
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,8 @@ def _need(program: Program, node: fx.Node) -> Need:
         head_dim=int(q.shape[-1]),
         value_dim=int(v.shape[-1]),
         lse=ops.attention_part(node, 1) is not None,
+        heads=int(q.shape[1]),
+        kv_heads=int(args.k.meta["val"].shape[1]),
         empty_mean=args.empty_mean,
         mask_per_head=any(map(_per_head, args.operands)) or any(shape_of(each)[0] != 1 for each in args.tables),
         changes_scores=assigns(args.rule, "score") or assigns(args.rule, "bias"),
@@ -144,7 +147,7 @@ def _plan(program: Program, node: fx.Node, args: ops.AttentionArgs) -> fx.Node:
     queries, keys = placement(args.q), placement(args.k)
     names = [gathered_index(queries) if isinstance(queries, Gathered | Heads) else "local_index"]
     names.append(f"held_index_{keys.shelf}" if isinstance(keys, Held) else gathered_index(keys))
-    if isinstance(keys, Held) and args.kernel == "tiles":
+    if isinstance(keys, Held) and PLANS[args.kernel] is TILES:
         names.append(f"held_runs_{keys.shelf}")
     rows = [program.index_input(name) for name in names]
     with program.graph.inserting_before(node):

@@ -280,6 +280,7 @@ def attention_backward(
     rule: str,
     scale: float,
     empty_mean: bool,
+    kernel: str,
     plan: torch.Tensor | None,
     valid: torch.Tensor | None,
     out: torch.Tensor,
@@ -292,7 +293,7 @@ def attention_backward(
     """
     grad = torch.zeros_like(out) if grad is None else grad
     saved = kernels.Saved(q, k, v, out, lse, grad, grad_lse)
-    (dq, dk, dv), of_rule = kernels.gradients(saved, operands, tables, rule, scale, plan, valid, learned)
+    (dq, dk, dv), of_rule = kernels.gradients(kernel, saved, operands, tables, rule, scale, plan, valid, learned)
     if empty_mean:
         dv = dv + kernels.gradient_of_means(grad, lse == -torch.inf, v, valid)
     return dq, dk, dv, of_rule
@@ -311,7 +312,7 @@ def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tenso
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(args.q, args.k, args.v, args.plan, args.valid, *output, *args.operands, *args.tables)
     ctx.operands, ctx.tables, ctx.rule = len(args.operands), len(args.tables), args.rule
-    ctx.scale, ctx.empty_mean = args.scale, args.empty_mean
+    ctx.scale, ctx.empty_mean, ctx.kernel = args.scale, args.empty_mean, args.kernel
 
 
 def _attention_gradient(ctx: Any, grad: torch.Tensor | None, grad_lse: torch.Tensor | None) -> Any:
@@ -319,8 +320,9 @@ def _attention_gradient(ctx: Any, grad: torch.Tensor | None, grad_lse: torch.Ten
     operands, tables = vectors[: ctx.operands], vectors[ctx.operands :]
     wanted = [*ctx.needs_input_grad[3], *ctx.needs_input_grad[4]]
     learned = [i for i, each in enumerate(wanted) if each]
+    known = ctx.rule, ctx.scale, ctx.empty_mean, ctx.kernel
     *found, of_rule = attention_backward(
-        grad, grad_lse, q, k, v, operands, tables, ctx.rule, ctx.scale, ctx.empty_mean, plan, valid, out, lse, learned
+        grad, grad_lse, q, k, v, operands, tables, *known, plan, valid, out, lse, learned
     )
     of_vectors: list[torch.Tensor | None] = [None] * len(wanted)
     for i, each in zip(learned, of_rule, strict=True):

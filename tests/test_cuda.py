@@ -12,6 +12,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import sp_compile
+from sp_compile.kernels import fused
+from sp_compile.kernels.rates import Shape, measured
 from tests import training
 from tests.attention_kinds import BUCKETS, GROUPS, HEADS, KINDS, WIDTH, Attention, batch, definition
 from tests.local_graphs import kernels_of
@@ -42,9 +44,16 @@ HEAD_DIMS = {
     "window, first tokens, packed": (160, 160),
 }
 SINGLE = [name for name, each in KINDS.items() if each.rows == 1]  # one row a batch
+UNSCORED = [name for name in SINGLE if not KINDS[name].score]
 PADDED = [name for name, each in KINDS.items() if each.rows == 2]
 LENGTHS = (21, 301, 53, 3)  # code is generated for the first
-COMPILES = {"tiles": 2, "dense": 2, "flex": 3}  # one for a single token, one for fewer than 128 queries a rank
+# one for a single token, one for fewer than 128 queries a rank
+COMPILES = {
+    "tiles": 2,
+    "fused": 2,
+    "dense": 2,
+    "flex": 3,
+}
 RAGGED = ([5, 12], [300, 1, 33, 130], [1])  # the last is less than two ranks can share
 
 
@@ -156,6 +165,22 @@ def test_tiles_are_right_for_every_kind_of_rule(kinds: list[str], dtype: torch.d
     assert check_kernel(kinds, dtype, "tiles") == {"tiles"}
 
 
+@pytest.mark.parametrize(
+    ("kinds", "dtype"), [(UNSCORED[::2], torch.bfloat16), (UNSCORED[1::2], torch.float16), (PADDED, torch.bfloat16)]
+)
+def test_fused_kernels_are_right_for_every_kind_of_mask(kinds: list[str], dtype: torch.dtype):
+    assert check_kernel(kinds, dtype, "fused") == {"fused"}
+
+
+@pytest.mark.parametrize("name", fused.KERNELS)
+@pytest.mark.parametrize("backward", [False, True])
+def test_fused_kernels_run_on_this_card_and_give_what_attention_is(name: str, backward: bool):
+    for shape in (Shape(32, 8, 128, 128, "bfloat16", backward), Shape(6, 2, 40, 24, "float16", backward)):
+        rate = measured(shape, torch.device(DEVICE, torch.cuda.current_device()))[name]
+        assert not rate.refused or name == "cudnn", rate.refused  # which older cards do not have
+        assert rate.refused or rate.pair > 0
+
+
 @pytest.mark.parametrize("kinds", [SINGLE[::2], PADDED])
 def test_the_definition_is_right(kinds: list[str]):
     assert check_kernel(kinds, torch.float32, "dense") == {"dense"}
@@ -208,7 +233,7 @@ def prefill(sp: int | None, dtype: torch.dtype, codegen: str, **options: Any) ->
     return used
 
 
-@pytest.mark.parametrize(("codegen", "kernel"), [("eager", "tiles"), ("inductor", "flex")])
+@pytest.mark.parametrize(("codegen", "kernel"), [("eager", "fused"), ("inductor", "flex")])
 def test_prefill_on_one_rank(codegen: str, kernel: str):
     assert prefill(1, torch.bfloat16, codegen) == {kernel}
 
@@ -219,7 +244,7 @@ def test_prefill_on_one_rank(codegen: str, kernel: str):
 )
 def test_prefill_on_two_ranks(staged: StagedPool, attention: str, dtype: torch.dtype):
     for used in staged.run(prefill, None, dtype, "eager", attention=attention):
-        assert used == {"tiles"}
+        assert used == {"tiles" if dtype == torch.float32 else "fused"}
 
 
 @pytest.mark.parametrize(("attention", "dtype"), [("allgather_kv", torch.bfloat16), ("ring", torch.float32)])
@@ -268,6 +293,32 @@ def test_a_training_step(staged: StagedPool, codegen: str, attention: str):
     for single, double in staged.run(train, codegen, attention=attention):
         assert single <= 1e-4
         assert double <= 1e-10
+
+
+def half_step(name: str, **options: Any) -> tuple[float, set[str]]:
+    """How much farther from the step in fp64 the loss and gradients in bf16 are than the unsharded step's."""
+    heads = {"head_dim": 16}
+    own, other = (training.built(name, torch.bfloat16, **heads).to(DEVICE) for _ in range(2))
+    exact = training.built(name, torch.bfloat16, **heads).double()
+    parallel = sp_compile.parallelize(own, **options)
+    worst = 0.0
+    for shape in ((1, 57), (2, 300)):
+        step = training.batch_of(shape)
+        on_card = {key: each.to(DEVICE) for key, each in step.items()}
+        right = training.stepped(exact, step)
+        ours, theirs = (
+            {key: (each.double().cpu() - right[key]).norm() for key, each in training.stepped(model, on_card).items()}
+            for model in (parallel, other)
+        )
+        worst = max(worst, *(float(ours[key] / theirs[key]) for key in right if theirs[key] > 0))
+    return worst, kernels_of(parallel)
+
+
+@pytest.mark.parametrize(("name", "codegen"), [("Llama", "inductor"), ("Mistral", "eager")])
+def test_half_precision_trains_by_fused_kernels(staged: StagedPool, name: str, codegen: str):
+    for worst, used in staged.run(half_step, name, codegen=codegen, attention="allgather_kv"):
+        assert worst <= 3
+        assert used == {"fused"}
 
 
 def flex_step(name: str, **options: Any) -> tuple[float, set[str]]:

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from sp_compile.errors import KernelError
+from sp_compile.kernels import choice
 from sp_compile.kernels.choice import KERNELS, Need, choose, preferred
+from sp_compile.kernels.rates import Shape
 
 CPU = Need(device="cpu", dtype=torch.float32, head_dim=64, value_dim=64, lse=False)
 GPU = replace(CPU, device="cuda", dtype=torch.bfloat16)
@@ -43,9 +45,29 @@ def _capable(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("need", "change", "reason"), REFUSED.values(), ids=REFUSED)
 def test_what_flex_attention_cannot_serve_is_refused_with_those_that_can(need: Need, change: Any, reason: str):
     assert choose("flex", need) == ("flex", None)
-    message = f"^kernel 'flex' cannot serve: {re.escape(reason)}; pass kernel='tiles' or 'dense' or 'dense_fp64'$"
+    asked = replace(need, **change)
+    able = "'tiles' or 'fused'" if KERNELS["fused"](asked) is None else "'tiles'"
+    message = f"^kernel 'flex' cannot serve: {re.escape(reason)}; pass kernel={able} or 'dense' or 'dense_fp64'$"
     with pytest.raises(KernelError, match=message):
-        choose("flex", replace(need, **change))
+        choose("flex", asked)
+
+
+FUSED_REFUSES = {
+    "torch has no such kernel on cpu": {"device": "cpu"},
+    "they take float16 or bfloat16, not torch.float32": {"dtype": torch.float32},
+    "they take head dims of at most 256, not 257": {"value_dim": 257},
+    "it does not change scores, add a bias or drop weights": {"changes_scores": True},
+    "it has no gradients of the log-sum-exp, which the model uses": {"differentiable": True, "lse": True},
+    "it takes queries, keys and values of one dtype": {"mixed_dtypes": True},
+}
+
+
+@pytest.mark.parametrize(("reason", "change"), FUSED_REFUSES.items())
+def test_what_fused_kernels_cannot_serve(reason: str, change: Any):
+    for each in (GPU, replace(GPU, differentiable=True), replace(GPU, lse=True), replace(GPU, mask_per_head=True)):
+        assert choose("fused", each) == ("fused", None)
+    with pytest.raises(KernelError, match=f"^kernel 'fused' cannot serve: {re.escape(reason)}; pass kernel='tiles'"):
+        choose("fused", replace(GPU, **change))
 
 
 def test_a_cpu_without_vectors_is_refused(monkeypatch: pytest.MonkeyPatch):
@@ -79,9 +101,9 @@ def test_the_other_kernels_serve_all(kernel: str):
         (CPU, ("tiles",)),
         (replace(CPU, changes_scores=True), ("flex", "tiles")),
         (replace(CPU, changes_scores=True, compiled=False), ("tiles",)),
-        (GPU, ("flex", "tiles")),
-        (replace(GPU, changes_scores=True), ("flex", "tiles")),
-        (replace(GPU, compiled=False), ("tiles",)),
+        (GPU, ("flex", "fused", "tiles")),
+        (replace(GPU, changes_scores=True), ("flex", "fused", "tiles")),
+        (replace(GPU, compiled=False), ("fused", "tiles")),
         (replace(CPU, device="mps", changes_scores=True), ("tiles",)),
     ],
     ids=str,
@@ -100,8 +122,26 @@ def test_auto_passes_over_what_cannot_serve_and_says_so_on_a_gpu(need: Need, cha
 def test_gradients_by_flex_attention_have_to_be_asked_for():
     need = replace(GPU, differentiable=True)
     told = "kernel flex: its gradients were not measured on a GPU yet; pass kernel='flex' to try"
-    assert choose("auto", need) == ("tiles", told)
+    assert choose("auto", need) == ("fused", told)
+    assert choose("auto", replace(need, dtype=torch.float32)) == ("tiles", told)
     assert choose("flex", need) == ("flex", None)
+
+
+def test_fused_kernels_that_do_not_run_on_a_device_are_passed_over(monkeypatch: pytest.MonkeyPatch):
+    asked = []
+
+    def refusing(shape: Shape, device: torch.device) -> str:
+        asked.append((shape, device))
+        return "no kernel image"
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(choice, "refused", refusing)
+    need = replace(GPU, differentiable=True, heads=8, kv_heads=2)
+    assert choose("auto", need)[0] == "tiles"
+    assert asked == [(Shape(8, 2, 64, 64, "bfloat16", True), torch.device("cuda", 1))]
+    with pytest.raises(KernelError, match="kernel 'fused' cannot serve: no kernel image"):
+        choose("fused", need)
 
 
 def test_the_last_that_a_device_prefers_serves_all():

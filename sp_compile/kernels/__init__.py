@@ -2,6 +2,7 @@
 
 ``tiles`` runs the planned regions through torch's flash kernel on a CPU, and as matrix products elsewhere; ``dense`` is
 attention by its definition, which holds queries x keys elements, and ``dense_fp64`` the same in double precision.
+``fused`` runs the planned regions through torch's flash and cuDNN kernels for GPUs.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from sp_compile.kernels import dense, tiles
+from sp_compile.kernels import dense, rectangles, tiles
 from sp_compile.kernels.backward import Gradients, attend_backward
 from sp_compile.kernels.backward import Saved as Saved
 from sp_compile.kernels.dense import Partial
@@ -36,10 +37,12 @@ def attend(
         out, lse = dense.attend(q, k, v, operands, tables, rule, scale, valid, wide)
         return out, lse.to(dense.accumulated(q.dtype))
     regions = _regions(q, k, operands, tables, rule, plan, valid)
-    return tiles.attend(q, k, v, operands, tables, rule, scale, regions, valid)
+    run = rectangles.attend if kernel == "fused" else tiles.attend
+    return run(q, k, v, operands, tables, rule, scale, regions, valid)
 
 
 def gradients(
+    kernel: str,
     saved: Saved,
     operands: Sequence[torch.Tensor],
     tables: Sequence[torch.Tensor],
@@ -49,10 +52,14 @@ def gradients(
     valid: torch.Tensor | None,
     learned: Sequence[int],
 ) -> tuple[Gradients, list[torch.Tensor]]:
-    """Gradients of an attention's q, k and v, and of operands and tables of these numbers, whatever kernel ran it."""
+    """Gradients of an attention's q, k and v, and of operands and tables of these numbers."""
     q, k, v = saved[:3]
     regions = _regions(q, k, operands, tables, rule, plan, valid)
-    (dq, dk, dv), of_rule = attend_backward(saved, operands, tables, rule, scale, regions, valid, learned)
+    of_rule: list[torch.Tensor] = []
+    if kernel == "fused" and saved.grad_lse is None:
+        dq, dk, dv = rectangles.gradients(saved, operands, tables, rule, scale, regions, valid)
+    else:
+        (dq, dk, dv), of_rule = attend_backward(saved, operands, tables, rule, scale, regions, valid, learned)
     vectors = [*operands, *tables]
     of_rule = [each.to(vectors[i].dtype) for i, each in zip(learned, of_rule, strict=True)]
     return (dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)), of_rule

@@ -4,6 +4,8 @@
     the planned regions through torch's flash kernel on a CPU, and as matrix products on other devices. Serves all.
 ``flex``
     torch's FlexAttention: Triton on a GPU, a C++ template for inference on a CPU.
+``fused``
+    the planned regions through torch's flash and cuDNN kernels, on a GPU; see :mod:`sp_compile.kernels.rectangles`.
 ``dense``, ``dense_fp64``
     the definition, which holds queries x keys elements; in the model's precision (at least fp32) or in fp64. For tests.
 """
@@ -16,6 +18,8 @@ from dataclasses import dataclass
 import torch
 
 from sp_compile.errors import KernelError
+from sp_compile.kernels import fused
+from sp_compile.kernels.rates import Shape, refused
 
 FLEX_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -25,6 +29,7 @@ class Need:
     """What a kernel must serve in one attention node.
 
     Attributes:
+        device: its kind.
         lse: the log-sum-exp is used.
         empty_mean: a query that sees no key gets the mean of the values.
         mask_per_head: heads have masks of their own.
@@ -41,6 +46,8 @@ class Need:
     head_dim: int
     value_dim: int
     lse: bool
+    heads: int = 1
+    kv_heads: int = 1
     empty_mean: bool = False
     mask_per_head: bool = False
     changes_scores: bool = False
@@ -86,9 +93,26 @@ def _flex(need: Need) -> str | None:
     return None
 
 
+def _fused(need: Need) -> str | None:
+    """Why torch's fused kernels cannot serve."""
+    if need.changes_scores or need.drops_weights or need.learns_rule:
+        return "it does not change scores, add a bias or drop weights"
+    if need.differentiable and need.lse:
+        return "it has no gradients of the log-sum-exp, which the model uses"
+    if need.mixed_dtypes:
+        return "it takes queries, keys and values of one dtype"
+    reason = fused.serves(need.device, [need.dtype], need.head_dim, need.value_dim)
+    if reason is not None or not torch.cuda.is_available():
+        return reason
+    dtype = str(need.dtype).removeprefix("torch.")
+    shape = Shape(need.heads, need.kv_heads, need.head_dim, need.value_dim, dtype, need.differentiable)
+    return refused(shape, torch.device("cuda", torch.cuda.current_device()))
+
+
 KERNELS: Mapping[str, Callable[[Need], str | None]] = {
     "tiles": _serves_all,
     "flex": _flex,
+    "fused": _fused,
     "dense": _serves_all,
     "dense_fp64": _serves_all,
 }
@@ -96,9 +120,9 @@ KERNELS: Mapping[str, Callable[[Need], str | None]] = {
 
 def preferred(need: Need) -> tuple[str, ...]:
     """Kernels for a device, best first; see ``benchmarks/results``."""
-    if not need.compiled or need.device not in ("cpu", "cuda"):
-        return ("tiles",)
-    return ("flex", "tiles") if need.device == "cuda" or need.changes_scores else ("tiles",)
+    if need.device == "cuda":
+        return ("flex", "fused", "tiles") if need.compiled else ("fused", "tiles")
+    return ("flex", "tiles") if need.device == "cpu" and need.compiled and need.changes_scores else ("tiles",)
 
 
 def _unasked(name: str, need: Need) -> str | None:
@@ -117,9 +141,10 @@ def choose(asked: str, need: Need) -> tuple[str, str | None]:
         KernelError: the kernel that was asked for cannot serve the node; says why and which can.
     """
     if asked == "auto":
-        reasons = [(name, KERNELS[name](need) or _unasked(name, need)) for name in preferred(need)]
-        chosen = next(name for name, reason in reasons if reason is None)
-        passed = next((f"kernel {name}: {reason}" for name, reason in reasons if reason), None)
+        reasons = {name: KERNELS[name](need) or _unasked(name, need) for name in preferred(need)}
+        chosen = next(name for name, reason in reasons.items() if reason is None)
+        first = next(iter(reasons))
+        passed = None if chosen == first else f"kernel {first}: {reasons[first]}"
         return chosen, passed if need.device == "cuda" else None
     reason = KERNELS[asked](need)
     if reason is not None:

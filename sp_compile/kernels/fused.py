@@ -1,0 +1,203 @@
+"""torch's fused kernels for GPUs, flash and cuDNN: queries by keys of one rectangle, under a window of its corner.
+
+Both return log-sum-exps, so that rectangles over other keys can be merged, and take them back for gradients. They
+compute fp16 and bf16 with heads of at most 256 dims. On a CPU there are others, see :mod:`sp_compile.kernels.flash`.
+
+Letters: B batch, H query heads, G key/value heads, Q queries, K keys, D head dim, E value head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from sp_compile.kernels.dense import Partial
+from sp_compile.kernels.regions import Region
+
+aten = torch.ops.aten
+HALF = (torch.float16, torch.bfloat16)
+LARGEST = 256  # dims of a head
+ALIGNED = 8  # dims of a head are a multiple of it
+Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+class Window(NamedTuple):
+    """Keys that a query sees, around the diagonal that ends in the corner of the last query and the last key.
+
+    Attributes:
+        left, right: how many before and behind the diagonal; -1 for all.
+    """
+
+    left: int = -1
+    right: int = -1
+
+
+EVERYTHING, CAUSAL = Window(), Window(-1, 0)
+
+
+class Kernel(NamedTuple):
+    """One of torch's kernels.
+
+    Attributes:
+        forward: output and log-sum-exp of ``q, k, v, scale, window``, for tensors as in :func:`attend`.
+        backward: gradients of ``q, k, v, out, lse, grad, scale, window``; ``out`` and ``lse`` may be those of a softmax
+            over further keys.
+        takes: whether it computes a window over so many queries and keys.
+    """
+
+    forward: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float, Window], Partial]
+    backward: Callable[..., Gradients]
+    takes: Callable[[Window, int, int], bool]
+
+
+def serves(device: str, dtypes: Sequence[torch.dtype], head_dim: int, value_dim: int) -> str | None:
+    """Why these kernels cannot compute such queries and keys; None where they can."""
+    if device != "cuda":
+        return f"torch has no such kernel on {device}"
+    strange = next((each for each in dtypes if each not in HALF), None)
+    if strange is not None or len({*dtypes}) > 1:
+        return f"they take float16 or bfloat16, not {strange or 'both'}"
+    largest = max(head_dim, value_dim)
+    return f"they take head dims of at most {LARGEST}, not {largest}" if largest > LARGEST else None
+
+
+def attend(
+    name: str, q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, v_BGKE: torch.Tensor, scale: float, window: Window
+) -> Partial:
+    """Attention of all queries over all keys of a window.
+
+    Returns:
+        Output ``[B, H, Q, E]`` in q's dtype and natural log-sum-exp ``[B, H, Q]`` in fp32.
+    """
+    width = v_BGKE.shape[-1]
+    q, k, v = (_padded(each, _width(q_BHQD, v_BGKE)) for each in (q_BHQD, k_BGKD, v_BGKE))
+    out, lse = KERNELS[name].forward(q, k, v, scale, window)
+    return out[..., :width], lse
+
+
+def attend_backward(
+    name: str,
+    qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    grad: torch.Tensor,
+    scale: float,
+    window: Window,
+) -> Gradients:
+    """Gradients of q, k and v of :func:`attend`, from the output and log-sum-exp over all keys that queries see."""
+    q, v, dtype = qkv[0], qkv[2], qkv[0].dtype
+    padded = (_padded(each.to(dtype), _width(q, v)) for each in (*qkv, out))
+    found = KERNELS[name].backward(*padded, lse.contiguous(), _padded(grad.to(dtype), _width(q, v)), scale, window)
+    dq, dk, dv = (each[..., : own.shape[-1]] for each, own in zip(found, qkv, strict=True))
+    return dq, dk, dv
+
+
+def windowed(region: Region) -> tuple[Region, Window] | None:
+    """A region that is a band as a rectangle with a window, without rows and columns that see nothing.
+
+    None where nothing is seen.
+    """
+    low, high = region.low, region.high
+    rows, columns = region.q_end - region.q_start, region.k_end - region.k_start
+    top = max(0, -high)  # rows that end before the first column, and columns that start before the first row
+    left = max(0, low + top)
+    rows, columns = rows - top, columns - left
+    low, high = low + top - left, high + top - left
+    rows = min(rows, columns - low)  # the last row starts at the last column or before it
+    columns = min(columns, rows + high)  # and ends there or behind it
+    if rows <= 0 or columns <= 0:
+        return None
+    q_start, k_start = region.q_start + top, region.k_start + left
+    corner = columns - rows
+    unbounded_left, unbounded_right = low <= 1 - rows, high >= columns - 1
+    window = Window(-1 if unbounded_left else corner - low, -1 if unbounded_right else high - corner)
+    return Region(region.row, q_start, q_start + rows, k_start, k_start + columns), window
+
+
+def _width(q: torch.Tensor, v: torch.Tensor) -> int:
+    """The dims that all heads are filled up to."""
+    return -(-max(q.shape[-1], v.shape[-1]) // ALIGNED) * ALIGNED
+
+
+def _padded(tensor: torch.Tensor, width: int) -> torch.Tensor:
+    missing = width - tensor.shape[-1]
+    if missing:
+        return F.pad(tensor, (0, missing))
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _rows_first(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """``[B, rows, heads, dim]``, as flash takes them."""
+    return [each.transpose(1, 2) for each in tensors]
+
+
+def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: Window) -> Partial:
+    out, lse, *_ = aten._flash_attention_forward(
+        *_rows_first(q, k, v), None, None, q.shape[2], k.shape[2], 0.0, window == CAUSAL, False,
+        scale=scale, window_size_left=window.left, window_size_right=window.right,
+    )  # fmt: skip
+    return out.transpose(1, 2), lse
+
+
+def _flash_backward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    grad: torch.Tensor,
+    scale: float,
+    window: Window,
+) -> Gradients:
+    found = aten._flash_attention_backward(
+        *_rows_first(grad, q, k, v, out), lse, None, None, q.shape[2], k.shape[2], 0.0, window == CAUSAL, *_no_draws(q),
+        scale=scale, window_size_left=window.left, window_size_right=window.right,
+    )  # fmt: skip
+    dq, dk, dv = _rows_first(*found)
+    return dq, dk, dv
+
+
+def _no_draws(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The state of random numbers, none of which are drawn."""
+    return torch.zeros(2, dtype=torch.uint64, device=q.device), torch.zeros((), dtype=torch.uint64, device=q.device)
+
+
+def _cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: Window) -> Partial:
+    out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, window == CAUSAL, scale=scale)
+    return out, lse.reshape(q.shape[:3])
+
+
+def _cudnn_backward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    grad: torch.Tensor,
+    scale: float,
+    window: Window,
+) -> Gradients:
+    draws = (torch.zeros((), dtype=torch.int64, device=q.device) for _ in range(2))
+    found: Gradients = aten._scaled_dot_product_cudnn_attention_backward(
+        grad, q, k, v, out, lse.unsqueeze(-1), *draws, None, None, None, q.shape[2], k.shape[2], 0.0, window == CAUSAL,
+        scale=scale,
+    )  # fmt: skip
+    return found
+
+
+def _any_window(window: Window, queries: int, keys: int) -> bool:
+    return True
+
+
+def _whole_or_square(window: Window, queries: int, keys: int) -> bool:
+    """cuDNN's causal mask starts in the first corner, in which a square has the same diagonal."""
+    return window == EVERYTHING or (window == CAUSAL and queries == keys)
+
+
+KERNELS: Mapping[str, Kernel] = {
+    "cudnn": Kernel(_cudnn, _cudnn_backward, _whole_or_square),
+    "flash": Kernel(_flash, _flash_backward, _any_window),
+}
