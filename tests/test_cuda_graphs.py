@@ -422,3 +422,14 @@ def test_slots_grow_by_a_quarter_and_are_at_most_a_quarter_too_many():
         assert asked <= len(storage.index) <= max(asked, 1.25 * asked)
         sizes.append(len(storage.index))
     assert len({*sizes}) <= 35
+
+
+def test_generated_code_is_replayed(replaying):
+    """Of the part that is left of attention in tiles, which the stand-in can replay as no CUDA graph could."""
+    replaying.setattr(cuda_graphs, "obstacle", lambda parts: None)
+    model, requests = llama(num_hidden_layers=1), prompts((3, 30, 11))
+    parallel = parallel_of(model, kernel="tiles", codegen="inductor")
+    options: dict[str, Any] = {"max_new_tokens": 24, "eos_token_id": -1, "logprobs": True, "prompt_logprobs": True}
+    found = sp_compile.generate(parallel, requests, **options)
+    assert check_greedy(model, requests, found) <= 1e-5
+    assert parallel.report().replayed[1] >= 10
