@@ -49,7 +49,7 @@ class ShardedCache(Cache):
     Args:
         model: what :func:`sp_compile.parallelize` returned.
         max_tokens: room for so many tokens of each row, or of all packed requests, taken at the first forward; None
-            lets it grow by pages.
+            lets it grow with its pages, to at most a quarter more.
         page_size: tokens of a request that a rank stores together, at least 2.
         dtype: of what is stored, such as ``torch.bfloat16`` or ``torch.float8_e4m3fn``; None for the model's.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import sympy
@@ -10,7 +11,9 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor
 
 from sp_compile.compat import compile_graph
+from sp_compile.cuda_graphs import Graphs, Replaying, note
 from sp_compile.gradients import with_derivatives
+from sp_compile.host_part import split
 from sp_compile.program import Program
 
 Variant = tuple[list[Any], dict[str, sympy.Symbol], Callable[..., Any]]  # guards, symbols, code
@@ -21,14 +24,34 @@ class LocalProgram:
 
     Compiled code may rest on guards over the sizes that were symbols (tokens, rows per rank, tiles). They are evaluated
     with the true sizes of each call: where one does not hold, the graph is compiled again for those sizes.
+
+    Args:
+        program: what runs.
+        build: makes it anew, for code that rests on certain sizes.
+        codegen: ``inductor`` or ``eager``.
+        graphs: what replays steps; None where all are run.
     """
 
-    def __init__(self, program: Program, build: Callable[[Mapping[str, int]], Program], codegen: str) -> None:
+    def __init__(
+        self,
+        program: Program,
+        build: Callable[[Mapping[str, int]], Program],
+        codegen: str,
+        graphs: Callable[[], Graphs] | None = None,
+    ) -> None:
+        self._program = program
         self._build = build
         self._codegen = codegen
+        self._graphs = graphs
         self._variants: list[Variant] = []
         self._fresh: Program | None = program
         self.compiles = 0
+
+    @property
+    def replayed(self) -> tuple[int, int] | None:
+        """CUDA graphs that there are, and how many steps were replayed; None where none can be."""
+        found = [run.recorder for *_, run in self._variants if isinstance(run, Replaying)]
+        return None if self._graphs is None else (sum(map(len, found)), sum(each.replays for each in found))
 
     def __call__(self, inputs: list[Any], sizes: Mapping[str, int]) -> Any:
         """Run on real inputs; ``sizes`` are the true values of the program's symbols."""
@@ -51,11 +74,17 @@ class LocalProgram:
         assert program.local_inputs is not None
         symbols = {name: size.node.expr for name, size in program.symbols.items()}
         gm = with_derivatives(program.gm) if program.differentiable else program.gm
-        if self._codegen == "eager":
-            return [], symbols, gm
-        mode = next(each.fake_mode for each in program.local_inputs if isinstance(each, FakeTensor))
-        run = compile_graph(gm, program.local_inputs, tracing(TracingContext(mode)), program.differentiable)
-        return _guards(mode.shape_env), symbols, run
+        parts = None if self._graphs is None else split(gm)
+        guards, gm = list[Any](), gm if parts is None else parts.device
+        run: Callable[..., Any] = gm
+        if self._codegen != "eager":
+            mode = next(each.fake_mode for each in program.local_inputs if isinstance(each, FakeTensor))
+            inputs = program.local_inputs if parts is None else parts.examples(program.local_inputs, mode)
+            run = compile_graph(gm, inputs, tracing(TracingContext(mode)), program.differentiable)
+            guards = _guards(mode.shape_env)
+        if parts is not None and self._graphs is not None:
+            run = Replaying(program, parts, run, self._graphs(), partial(note, self._program))
+        return guards, symbols, run
 
 
 def _guards(shape_env: Any) -> list[Any]:

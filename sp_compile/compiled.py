@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from sp_compile import costs, needs, ops
+from sp_compile import costs, cuda_graphs, needs, ops
 from sp_compile.codegen import LocalProgram
 from sp_compile.cuts import Cuts
 from sp_compile.errors import CacheError, StrategyError
@@ -241,6 +241,7 @@ class Compiled:
         capture: captures the same graph for a number of ranks, to be analysed.
         predict: what an attention takes by each strategy, for a layout and whether its requests are apart.
         codegen: ``inductor`` or ``eager``.
+        graphs: what replays steps of decoding; None where nothing does.
     """
 
     def __init__(
@@ -250,9 +251,10 @@ class Compiled:
         capture: Callable[[int], Program],
         predict: Callable[[TokenLayout, costs.Attention, bool], dict[str, costs.Predicted]],
         codegen: str,
+        graphs: Callable[[], cuda_graphs.Graphs] | None = None,
     ) -> None:
         self._build, self._agree, self._capture, self._predict = build, agree, capture, predict
-        self._codegen = codegen
+        self._codegen, self._graphs = codegen, graphs
         self._runs = 0
         self._inputs: Sequence[Any] = ()
         self._original: Mapping[str, Any] = {}
@@ -287,7 +289,8 @@ class Compiled:
         """The program, made at the first call."""
         if kind not in self._variants:
             program, steps = self._agree(kind)
-            local = LocalProgram(program, lambda sizes: self._build(kind, sizes), self._codegen)
+            graphs = cuda_graphs.replayable(program, self._graphs)
+            local = LocalProgram(program, lambda sizes: self._build(kind, sizes), self._codegen, graphs)
             placeholders = program.graph.find_nodes(op="placeholder")
             names = [node.meta["index_input"] for node in placeholders if "index_input" in node.meta]
             self._variants[kind] = Variant(program, steps, local, names, _measured(program))
@@ -321,7 +324,7 @@ class Compiled:
         if step.cached:
             rows = rows[step.index_inputs["new_rows"].cpu().numpy()]
         sizes = variant.sizes(step, self._inputs)
-        report = make_report(variant.program, variant.steps, step.layout, rows, sizes)
+        report = make_report(variant.program, variant.steps, step.layout, rows, sizes, variant.local.replayed)
         spread = variant.program.parallel and step.layout.sp > 1 and not step.cached
         attentions, ran_by = analysis.attentions(step.counted), variant.program.ran_by
         if not spread or len(ran_by) != len(attentions):

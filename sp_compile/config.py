@@ -21,6 +21,7 @@ CHOICES = {
     "outputs": ("full", "sharded", "loss"),
     "gradients": ("training", "always"),
     "codegen": ("inductor", "eager"),
+    "cuda_graphs": ("auto", "never"),
     "dtype": ("float32", "float64", "bfloat16", "float16"),
     "split": ("passages", "lines", "files"),
     "device": ("auto", "cpu", "cuda"),
@@ -62,6 +63,8 @@ class CompileConfig(_Checked):
         outputs: ``full``: whole, in normal order, on every rank; ``sharded``: left on the ranks;
             ``loss``: only single values, such as the loss, and None for all others; logits then never exist whole.
         codegen: ``inductor`` generates code, ``eager`` runs the rewritten graph as it is.
+        cuda_graphs: ``auto`` replays steps of decoding on a GPU that come again in the same shapes, where that can be
+            done (reports say where not); ``never`` runs them all.
         gradients: when torch records what is computed: ``training``: in training mode; ``always``: in evaluation too,
             unless under ``torch.no_grad``.
         strict: refuse ops that have no rule, instead of computing them on gathered inputs.
@@ -86,6 +89,7 @@ class CompileConfig(_Checked):
     scheme: str = "zigzag"
     outputs: str = "full"
     codegen: str = "inductor"
+    cuda_graphs: str = "auto"
     gradients: str = "training"
     strict: bool = False
     attention: str = "allgather_kv"

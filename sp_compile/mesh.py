@@ -96,6 +96,12 @@ def ranks_of(group: Group) -> list[int]:
     return [] if group.process_group is None else dist.get_process_group_ranks(group.process_group)
 
 
+def backend_of(process_group: Any, device: torch.device) -> str:
+    """What connects ranks on a kind of device: ``gloo``, ``nccl``, or another's name; empty where nothing does."""
+    pairs = (each.partition(":") for each in dist.get_backend_config(process_group).split(","))
+    return next((backend for kind, _, backend in pairs if kind == device.type), "")
+
+
 def check_device(group: Group, device: torch.device) -> None:
     """Check that the group can exchange what lies on a device.
 

@@ -76,6 +76,8 @@ class Report:
         bytes_by_formula: that reach the rank which gets most, for attention by its strategies and for outputs, but not
             between ranks of tensor parallelism; None on one rank, beside a cache, and where tokens are not spread.
         choices: which strategies could have run attention; none where there are no ``bytes_by_formula``.
+        replayed: CUDA graphs of steps of decoding that there are, and how many steps were replayed; None where none
+            are, which ``fallbacks`` explain where they were to be.
     """
 
     sp: int
@@ -91,6 +93,7 @@ class Report:
     steps: list[PassStep]
     bytes_by_formula: int | None = None
     choices: list[Choice] = field(default_factory=list)
+    replayed: tuple[int, int] | None = None
 
     @property
     def bytes_sent(self) -> int:
@@ -135,6 +138,7 @@ def make_report(
     layout: TokenLayout,
     rows: np.ndarray,
     sizes: Mapping[str, int],
+    replayed: tuple[int, int] | None = None,
 ) -> Report:
     """Collect a report for one layout, whose tokens see ``rows`` keys each, over all layers; ``sizes`` of symbols."""
     return Report(
@@ -149,6 +153,7 @@ def make_report(
         isolation=program.isolation,
         fallbacks=list(program.fallbacks),
         steps=list(steps),
+        replayed=replayed,
     )
 
 
@@ -216,6 +221,8 @@ def _text(report: Report) -> list[str]:
         f"  {each.kind:10} {each.bytes_sent:12} bytes  {each.shape:24} {each.source:32} {_shadow(each)}"
         for each in report.collectives
     ]
+    if report.replayed is not None:
+        text += ["", "{} CUDA graphs, {} steps replayed".format(*report.replayed)]
     text += ["", f"{len(report.fallbacks)} fallbacks"]
     text += [
         f"  {each.op} x{each.count}, {each.bytes} bytes, {each.source or 'no source line'}: {each.reason}"

@@ -19,6 +19,7 @@ from sp_compile.capture import Captured
 from sp_compile.compiled import Compiled, Kept, Kind, Step, index_inputs
 from sp_compile.config import CompileConfig
 from sp_compile.costs import Attention, Predicted, measured_rates, predicted, rates_of
+from sp_compile.cuda_graphs import graphs_for
 from sp_compile.dynamo.traced import Traced
 from sp_compile.errors import (
     BatchError,
@@ -415,6 +416,7 @@ class ParallelModule(nn.Module):
             capture=lambda sp: self._at(captured.program(sp, "analysed", "full")),
             predict=self._predict,
             codegen=self.compile_config.codegen,
+            graphs=None if self.compile_config.cuda_graphs == "never" else graphs_for(device_of(self.module)),
         )
         self._compiled.append(compiled)
 

@@ -52,8 +52,13 @@ class Storage:
         return self._versions != [each._version for each in self.tensors]
 
     def reserve(self, slots: int) -> None:
-        """Have at least so many slots."""
+        """Have at least so many slots, and at most a quarter more.
+
+        They grow by a quarter at least, so that tokens are copied a bounded number of times on average, and steps that
+        are replayed find them where they were.
+        """
         if slots > len(self.index):
+            slots = max(slots, len(self.index) * 5 // 4)
             self.tensors = [_extended(each, slots, 2) for each in self.tensors]
             self.index, self.valid = (_extended(each, slots, 0) for each in (self.index, self.valid))
             self._seal()

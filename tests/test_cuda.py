@@ -271,6 +271,35 @@ def test_greedy_generation_with_a_sharded_cache(staged: StagedPool, codegen: str
         assert worst <= 1e-5
 
 
+def test_steps_of_decoding_are_replayed():
+    tokens, requests = [], [each.to(DEVICE) for each in prompts((1, 17, 200))]
+    for asked in ("auto", "never"):
+        parallel = sp_compile.parallelize(llama(hidden_size=128).to(DEVICE), sp=1, cuda_graphs=asked)
+        cache = sp_compile.ShardedCache(parallel, page_size=32)
+        options: dict[str, Any] = {"max_new_tokens": [60, 20, 40], "eos_token_id": -1, "cache": cache}
+        tokens.append([each.tokens for each in sp_compile.generate(parallel, requests, **options)])
+        report = parallel.report()
+        assert not report.fallbacks
+        if asked == "never":
+            assert report.replayed is None
+        else:
+            graphs, replays = report.replayed
+            assert graphs
+            assert replays >= 30
+    assert tokens[0] == tokens[1]
+
+
+def told(codegen: str) -> list[str]:
+    parallel = sp_compile.parallelize(llama(hidden_size=128).to(DEVICE), codegen=codegen)
+    sp_compile.generate(parallel, [each.to(DEVICE) for each in prompts((3, 9))], max_new_tokens=3, eos_token_id=-1)
+    return [each.reason for each in parallel.report().fallbacks]
+
+
+def test_why_steps_on_two_ranks_of_one_card_are_not_replayed(staged: StagedPool):
+    for found in staged.run(told, "inductor"):
+        assert any("its collectives run on staged_gloo" in each for each in found)
+
+
 def train(codegen: str, **options: Any) -> tuple[float, float]:
     """How far loss and gradients are from those of the unsharded step, in fp32 and in fp64."""
     apart = []
