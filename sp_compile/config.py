@@ -76,8 +76,8 @@ class CompileConfig(_Checked):
             which ``auto`` chooses and what crosses is weighed against what is computed anew; null for what is usual
             for the device: 2e9 and 5e10 for a CPU, 4e11 and 4e14 for a GPU.
         measure_rates: measure these once, when the model is parallelized, in place of what is null.
-        kernel: what computes attention on a rank: ``tiles``, ``flex``, ``fused``, ``dense``, ``dense_fp64``, or ``auto``
-            for what suits the device.
+        kernel: what computes attention on a rank: ``tiles``, ``flex``, ``fused``, ``dense``, ``dense_fp64``, or
+            ``auto`` for what suits the device.
         keep_gathered: in training, keep keys and values that came from other ranks for the backward, also in
             checkpointed layers; ``False`` brings them again there, so that memory shrinks with ``sp`` (by generated
             code only).
