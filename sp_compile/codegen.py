@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import sympy
+from torch import fx
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -21,10 +22,21 @@ class LocalProgram:
 
     Compiled code may rest on guards over the sizes that were symbols (tokens, rows per rank, tiles). They are evaluated
     with the true sizes of each call: where one does not hold, the graph is compiled again for those sizes.
+
+    Args:
+        build: makes the program for other sizes.
+        codegen: ``inductor`` or ``eager``.
+        finish: makes of the local graph what is to run.
     """
 
-    def __init__(self, program: Program, build: Callable[[Mapping[str, int]], Program], codegen: str) -> None:
-        self._build = build
+    def __init__(
+        self,
+        program: Program,
+        build: Callable[[Mapping[str, int]], Program],
+        codegen: str,
+        finish: Callable[[fx.GraphModule], fx.GraphModule] = lambda gm: gm,
+    ) -> None:
+        self._build, self._finish = build, finish
         self._codegen = codegen
         self._variants: list[Variant] = []
         self._fresh: Program | None = program
@@ -50,7 +62,7 @@ class LocalProgram:
         self.compiles += 1
         assert program.local_inputs is not None
         symbols = {name: size.node.expr for name, size in program.symbols.items()}
-        gm = with_derivatives(program.gm) if program.differentiable else program.gm
+        gm = self._finish(with_derivatives(program.gm) if program.differentiable else program.gm)
         if self._codegen == "eager":
             return [], symbols, gm
         mode = next(each.fake_mode for each in program.local_inputs if isinstance(each, FakeTensor))
