@@ -90,7 +90,8 @@ def deliver(
     Returns:
         ``[length, ...]``: all parts of an all-gather, as many as came of an exchange, else as many as were given.
     """
-    length, sizes = _length(kind, ranks, rows, received), ([], [])
+    length = _length(kind, ranks, rows, received)
+    sizes: tuple[list[int], list[int]] = ([], [])
     if sent is not None and counts is not None:
         go, come = counts.tolist()
         rows, sizes = rows.index_select(0, sent[: sum(go)]), (go, come)
@@ -237,7 +238,7 @@ class Lockstep:
             except Released:
                 pass
             except BaseException as error:
-                self._error = error
+                self._error = self._error or error
                 for each in self._turns:
                     each.release()
 
