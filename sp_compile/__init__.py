@@ -4,8 +4,9 @@ import importlib
 from typing import Any
 
 from sp_compile import data, loss
-from sp_compile.api import Verification, explain, parallelize, verify
+from sp_compile.api import Verification, emulate, explain, parallelize, verify
 from sp_compile.batch import PackedBatch, pack
+from sp_compile.emulation import Emulation
 from sp_compile.errors import SPCompileError
 from sp_compile.launch import launch
 from sp_compile.layout import TokenLayout, token_layout
@@ -31,6 +32,7 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "Completion",
+    "Emulation",
     "PackedBatch",
     "ParallelModule",
     "Report",
@@ -41,6 +43,7 @@ __all__ = [
     "Verification",
     "as_one_process",
     "data",
+    "emulate",
     "explain",
     "generate",
     "launch",

@@ -16,7 +16,8 @@ from sp_compile import fingerprint
 from sp_compile import mesh as meshes
 from sp_compile.config import CompileConfig, compile_config
 from sp_compile.dynamo.shards import local_value
-from sp_compile.errors import MeshError, UnsupportedModelError
+from sp_compile.emulation import EmulatedModule, Emulation
+from sp_compile.errors import CacheError, ConfigError, MeshError, UnsupportedModelError
 from sp_compile.inputs import requests_alone
 from sp_compile.pipeline import check_complete
 from sp_compile.report import Report
@@ -95,6 +96,56 @@ def explain(
     if device is not None:
         parallel.pretend_device(torch.device(device))
     return parallel.explain(batch)
+
+
+def emulate(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    sp: int,
+    config: str | Path | Mapping[str, Any] | CompileConfig | None = None,
+    store: str = "device",
+    **overrides: Any,
+) -> Emulation:
+    """Run a batch on ``sp`` ranks that all are in this process, so that each can be measured on one device.
+
+    The ranks run together first, taking turns at every collective, which brings what it would bring between devices;
+    all of them then hold their activations at the same time. After that any one can run alone.
+
+    Args:
+        model: an unmodified decoder in eval mode.
+        batch: the inputs as keyword arguments, such as a packed batch.
+        sp: number of ranks.
+        config, **overrides: as for :func:`parallelize`.
+        store: where what the collectives bring is kept meanwhile: on the ``device``, or on the ``host``.
+
+    Raises:
+        MeshError: ``sp`` is no number of ranks.
+        CacheError: the batch has a cache.
+        UnsupportedModelError: the model is in training mode, or its weights are sharded.
+        ConfigError: an option that needs links or gradients, or another ``store``.
+        SPCompileError: others that :func:`parallelize` and the first forward would raise.
+    """
+    if not isinstance(sp, int) or sp < 1:
+        raise MeshError(f"sp={sp!r} is not a number of ranks; pass sp >= 1")
+    if batch.get("past_key_values") is not None:
+        raise CacheError("emulate runs a batch without a cache; pass no past_key_values")
+    _check_model(model)
+    if model.training:
+        raise UnsupportedModelError("emulate runs forwards of inference; call model.eval() first")
+    if any(isinstance(each, DTensor) for each in model.parameters()):
+        raise UnsupportedModelError(
+            "emulate has one process, and the weights are DTensors; pass a model with whole ones"
+        )
+    chosen = compile_config(config, **overrides)
+    if chosen.measure_rates:
+        raise ConfigError("measure_rates=True, but emulated ranks have no links; pass link_rate and compute_rate")
+    if chosen.gradients == "always":
+        raise ConfigError('gradients="always", but emulate runs forwards alone; pass gradients="training"')
+    if store not in ("device", "host"):
+        raise ConfigError(f'store={store!r} is no place; pass store="device" or store="host"')
+    emulated = EmulatedModule(model, meshes.pretend(sp, chosen.ranks_per_node), chosen, store)
+    check_complete(emulated.pipeline)
+    return Emulation(emulated, batch)
 
 
 @dataclass(frozen=True)

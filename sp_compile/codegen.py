@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import sympy
+from torch import fx
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -30,6 +31,7 @@ class LocalProgram:
         build: makes it anew, for code that rests on certain sizes.
         codegen: ``inductor`` or ``eager``.
         graphs: what replays steps; None where all are run.
+        finish: makes of the local graph what is to run.
     """
 
     def __init__(
@@ -38,9 +40,10 @@ class LocalProgram:
         build: Callable[[Mapping[str, int]], Program],
         codegen: str,
         graphs: Callable[[], Graphs] | None = None,
+        finish: Callable[[fx.GraphModule], fx.GraphModule] = lambda gm: gm,
     ) -> None:
         self._program = program
-        self._build = build
+        self._build, self._finish = build, finish
         self._codegen = codegen
         self._graphs = graphs
         self._variants: list[Variant] = []
@@ -73,7 +76,7 @@ class LocalProgram:
         self.compiles += 1
         assert program.local_inputs is not None
         symbols = {name: size.node.expr for name, size in program.symbols.items()}
-        gm = with_derivatives(program.gm) if program.differentiable else program.gm
+        gm = self._finish(with_derivatives(program.gm) if program.differentiable else program.gm)
         parts = None if self._graphs is None else split(gm)
         guards, gm = list[Any](), gm if parts is None else parts.device
         run: Callable[..., Any] = gm

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -171,6 +172,24 @@ class Variant:
         return {name: int(inputs[i].shape[dim]) for name, (i, dim) in self.measured.items()} | step.sizes()
 
 
+@dataclass(frozen=True)
+class Ready:
+    """A program's local graph with its inputs; a call runs it.
+
+    Attributes:
+        variant: the program.
+        inputs: of the local graph.
+        sizes: true values of the sizes that are symbols.
+    """
+
+    variant: Variant
+    inputs: list[Any]
+    sizes: Mapping[str, int]
+
+    def __call__(self) -> list[Any]:
+        return list(self.variant.local(self.inputs, self.sizes))
+
+
 @dataclass
 class Analysis:
     """What is known of a graph, with its requests isolated or not, and the mixes of lengths that were checked."""
@@ -240,7 +259,7 @@ class Compiled:
         agree: makes the program first, in agreement with the other ranks.
         capture: captures the same graph for a number of ranks, to be analysed.
         predict: what an attention takes by each strategy, for a layout and whether its requests are apart.
-        codegen: ``inductor`` or ``eager``.
+        codegen, finish: as of :class:`~sp_compile.codegen.LocalProgram`.
         graphs: what replays steps of decoding; None where nothing does.
     """
 
@@ -251,10 +270,11 @@ class Compiled:
         capture: Callable[[int], Program],
         predict: Callable[[TokenLayout, costs.Attention, bool], dict[str, costs.Predicted]],
         codegen: str,
-        graphs: Callable[[], cuda_graphs.Graphs] | None = None,
+        finish: Callable[[fx.GraphModule], fx.GraphModule],
+        graphs: Callable[[], cuda_graphs.Graphs] | None,
     ) -> None:
         self._build, self._agree, self._capture, self._predict = build, agree, capture, predict
-        self._codegen, self._graphs = codegen, graphs
+        self._codegen, self._finish, self._graphs = codegen, finish, graphs
         self._runs = 0
         self._inputs: Sequence[Any] = ()
         self._original: Mapping[str, Any] = {}
@@ -290,7 +310,8 @@ class Compiled:
         if kind not in self._variants:
             program, steps = self._agree(kind)
             graphs = cuda_graphs.replayable(program, self._graphs)
-            local = LocalProgram(program, lambda sizes: self._build(kind, sizes), self._codegen, graphs)
+            build = partial(self._build, kind)
+            local = LocalProgram(program, build, self._codegen, graphs, self._finish)
             placeholders = program.graph.find_nodes(op="placeholder")
             names = [node.meta["index_input"] for node in placeholders if "index_input" in node.meta]
             self._variants[kind] = Variant(program, steps, local, names, _measured(program))
@@ -298,23 +319,27 @@ class Compiled:
 
     def run(self, inputs: Sequence[Any], step: Step) -> tuple[list[Any], Kept]:
         """Run the local graph: the model's outputs, and the keys and values to keep."""
+        self._runs += 1
+        ready = self.ready(inputs, step)
+        found, program = ready(), ready.variant.program
+        ours = len(found) - len(program.kept)
+        return list(found[:ours]), Kept(found[ours:], program.kept, program.query_bytes)
+
+    def ready(self, inputs: Sequence[Any], step: Step) -> Ready:
+        """The local graph for a step with all that it takes, to be run."""
         variant, step = self._prepared(step)
         if step.held and variant.program.kept != tuple(step.windows):
             raise CacheError(
                 "the cache was filled by a forward whose layers keep other windows than those of this one; pass the "
                 "requests in the same form in every call, or make another cache"
             )
-        self._runs += 1
         device = step.index_inputs["rank"].device
         indices = {"seed": torch.tensor(self._runs, device=device)} if "seed" in variant.index_names else {}
         indices |= {**step.index_inputs, **{f"held_{i}": each for i, each in enumerate(step.held)}}
         if step.isolated:
             indices |= request_inputs(step.lengths, device)
-        sizes = variant.sizes(step, inputs)
-        found = variant.local([*inputs, *(indices[name] for name in variant.index_names)], sizes)
-        windows = variant.program.kept
-        ours = len(found) - len(windows)
-        return list(found[:ours]), Kept(found[ours:], windows, variant.program.query_bytes)
+        given = [*inputs, *(indices[name] for name in variant.index_names)]
+        return Ready(variant, given, variant.sizes(step, inputs))
 
     def report(self, step: Step) -> Report:
         """What the last call ran."""

@@ -354,7 +354,7 @@ class ParallelModule(nn.Module):
 
     def _prepare(self, named: Mapping[str, torch.Tensor], layout: TokenLayout) -> Step:
         tokens = token_input(named)[1]
-        inputs = _index_inputs(layout, self.group, tokens.device)
+        inputs = rank_inputs(layout, self.group, tokens.device)
         if self._differentiates or self.training:
             inputs = {**inputs, "seed": fresh_seed(self._draw_alike, tokens.device)}
         step = Step(layout, inputs, self._promised(named, layout), outputs=self.compile_config.outputs)
@@ -416,6 +416,7 @@ class ParallelModule(nn.Module):
             capture=lambda sp: self._at(captured.program(sp, "analysed", "full")),
             predict=self._predict,
             codegen=self.compile_config.codegen,
+            finish=self._finish,
             graphs=None if self.compile_config.cuda_graphs == "never" else graphs_for(device_of(self.module)),
         )
         self._compiled.append(compiled)
@@ -428,10 +429,18 @@ class ParallelModule(nn.Module):
             if self._explained is not None:
                 raise _Explained(compiled, step)
             self._last = compiled, step
-            values, self._kept = compiled.run(inputs, step)
+            values, self._kept = self._execute(compiled, inputs, step)
             return values
 
         return run
+
+    def _finish(self, gm: fx.GraphModule) -> fx.GraphModule:
+        """What is to run of a local graph."""
+        return gm
+
+    def _execute(self, compiled: Compiled, inputs: Sequence[Any], step: Step) -> tuple[list[Any], Kept]:
+        """Run the local graph of this rank."""
+        return compiled.run(inputs, step)
 
     def _refuse_fallbacks(self, program: Program) -> None:
         if self.compile_config.strict and program.fallbacks:
@@ -459,7 +468,8 @@ def _with_signature_of(model: Callable[..., Any], run: Callable[..., Any]) -> Ca
 
 
 @lru_cache(maxsize=8)
-def _index_inputs(layout: TokenLayout, group: Group, device: torch.device) -> dict[str, torch.Tensor]:
+def rank_inputs(layout: TokenLayout, group: Group, device: torch.device) -> dict[str, torch.Tensor]:
+    """The index inputs of a group's rank, on a device."""
     found = index_inputs(layout, group.rank)
     if group.nodes is not None:
         node, rank = divmod(group.rank, group.nodes.size)
