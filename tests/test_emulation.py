@@ -67,7 +67,7 @@ def test_sliding_windows_and_experts_are_right_on_emulated_ranks() -> None:
 
 
 def test_code_is_generated_once_for_all_ranks() -> None:
-    emulation = check(llama(), 3, attention="fetch")
+    emulation = check(llama(num_hidden_layers=1), 3, attention="fetch")
     assert emulation.compiles == 1
     figures = emulation.figures(repeats=1)
     assert len(figures.ranks) == 3
