@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.attention.flex_attention import flex_attention
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import sp_compile
@@ -144,7 +143,7 @@ def decode(
 
 def _decoding(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: Any, code: Any) -> Run:
     """The kernel that compiled models run over a rank's keys."""
-    return lambda: (code or flex_attention)(q, k, v, block_mask=blocks, enable_gqa=True)
+    return lambda: code(q, k, v, blocks)
 
 
 def _decoded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
