@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 from attention import SHARES
+from gpu_parts import Run, Shape, decode, difference, layout_kernels, medians, whole_model
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
@@ -31,13 +33,10 @@ from sp_compile.kernels.regions import as_tensor
 from sp_compile.layout import TokenLayout, token_layout
 from sp_compile.measure import machine, versions
 
-HEADS, KV_HEADS, WIDTH = 32, 8, 128
 STRATEGIES = ("allgather_kv", "fetch")
 RULE = "t0 = eq(x0, x1); t1 = le(x2, x3); mask = and(t0, t1)"  # of transformers' mask for packed requests
 SDPA = {"flash SDPA": SDPBackend.FLASH_ATTENTION, "cuDNN SDPA": SDPBackend.CUDNN_ATTENTION}
 ROUNDED = 128  # tokens of a sequence that stands for an area
-DEVICE = torch.device("cuda")
-Run = Callable[[], Any]
 SEES = flex.rule_graph(
     torch.nn.Module(), joined_with_valid(RULE, 4), "mask", dict(enumerate(((2,), (3,), (3,), (2,), (3,)))), {}
 )
@@ -50,6 +49,10 @@ def of_any_length(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: Blo
 
 @torch.compile(fullgraph=True, dynamic=False)
 def of_one_length(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: BlockMask) -> Any:
+    return flex_attention(q, k, v, block_mask=blocks, enable_gqa=True)
+
+
+def eager(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: BlockMask) -> Any:
     return flex_attention(q, k, v, block_mask=blocks, enable_gqa=True)
 
 
@@ -88,31 +91,31 @@ def part_of(layout: TokenLayout, rank: int, strategy: str) -> Part:
 class Batch:
     """Queries, keys and values of a whole batch, and the attention of parts of it."""
 
-    def __init__(self, lengths: tuple[int, ...]) -> None:
+    def __init__(self, lengths: tuple[int, ...], shape: Shape) -> None:
+        self.shape, self.device = shape, shape.device
         self.lengths = lengths
         tokens = sum(lengths)
         self.q, self.k, self.v = (
-            torch.randn(1, heads, tokens, WIDTH, device=DEVICE, dtype=torch.bfloat16)
-            for heads in (HEADS, KV_HEADS, KV_HEADS)
+            shape.random(heads, tokens) for heads in (shape.heads, shape.kv_heads, shape.kv_heads)
         )
-        self.request = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(DEVICE)
+        self.request = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(self.device)
 
     def operands(self, part: Part) -> list[torch.Tensor]:
         """Of :data:`RULE`, and the keys that exist."""
-        queries, keys, real = (each.to(DEVICE) for each in (part.queries, part.keys, part.real))
+        queries, keys, real = (each.to(self.device) for each in (part.queries, part.keys, part.real))
         of_queries, of_keys = self.request[queries][:, None], self.request[keys][None, :]
         return [of_queries, of_keys, keys[None, :], queries[:, None], real]
 
     def plan(self, part: Part, operands: list[torch.Tensor]) -> torch.Tensor:
         """The block mask, made on the host and sent to the GPU, as before a forward."""
         made = flex.block_mask(operands[:-1], [], RULE, operands[-1], len(part.queries), len(part.keys))
-        return made.to(DEVICE)
+        return made.to(self.device)
 
     def attention(self, part: Part, code: Callable[..., Any]) -> Run:
         """FlexAttention over the part, planned before."""
         operands = self.operands(part)
-        q = self.q[:, :, part.queries.to(DEVICE)]
-        k, v = (each[:, :, part.keys.to(DEVICE)] for each in (self.k, self.v))
+        q = self.q[:, :, part.queries.to(self.device)]
+        k, v = (each[:, :, part.keys.to(self.device)] for each in (self.k, self.v))
         blocks = block_mask_of(self.plan(part, operands), operands)
         return lambda: code(q, k, v, blocks)
 
@@ -136,7 +139,7 @@ def block_mask_of(plan: torch.Tensor, operands: list[torch.Tensor]) -> BlockMask
 
 def causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: SDPBackend) -> Run:
     """``is_causal`` SDPA by one of torch's kernels, keys and values repeated for grouped heads before."""
-    k, v = (each.repeat_interleave(HEADS // KV_HEADS, dim=1) for each in (k, v))
+    k, v = (each.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for each in (k, v))
 
     def run() -> torch.Tensor:
         with sdpa_kernel(backend):
@@ -145,88 +148,80 @@ def causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: SDPBacken
     return run
 
 
+def kernels_on(shape: Shape) -> dict[str, SDPBackend]:
+    """Torch's kernels that the device has."""
+    return SDPA if shape.device.type == "cuda" else {"flash SDPA": SDPBackend.FLASH_ATTENTION}
+
+
+def code_on(shape: Shape, compiled: Any) -> Any:
+    """Compiled FlexAttention on a GPU, eager on a CPU."""
+    return compiled if shape.device.type == "cuda" else eager
+
+
 def sequence_of(area: int) -> int:
     """Tokens of a causal sequence with about that many visible pairs."""
     return max(1, round((2 * area) ** 0.5 / ROUNDED)) * ROUNDED
 
 
-def of_area(tokens: int) -> dict[str, Run]:
+def of_area(tokens: int, shape: Shape) -> dict[str, Run]:
     """Torch's kernels on one causal sequence."""
-    batch = Batch((tokens,))
+    batch = Batch((tokens,), shape)
     whole = part_of(token_layout((tokens,), 1), 0, "allgather_kv")
     return {
-        **{name: causal(batch.q, batch.k, batch.v, each) for name, each in SDPA.items()},
-        "FlexAttention": batch.attention(whole, of_one_length),
+        **{name: causal(batch.q, batch.k, batch.v, each) for name, each in kernels_on(shape).items()},
+        "FlexAttention": batch.attention(whole, code_on(shape, of_one_length)),
     }
-
-
-def event_seconds(run: Run) -> float:
-    """Seconds of one run on the GPU."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    run()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
 
 
 def host_seconds(run: Run) -> float:
     """Seconds of one run on the host, with what it sends to the GPU."""
-    torch.cuda.synchronize()
     start = time.perf_counter()
     run()
-    torch.cuda.synchronize()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
-def medians(runs: Mapping[Any, Run], rounds: int, measure: Callable[[Run], float] = event_seconds) -> dict[Any, float]:
-    """Median seconds of each; rounds visit all in turn, after one that is not counted."""
-    times: dict[Any, list[float]] = {key: [] for key in runs}
-    for i in range(rounds + 1):
-        for key, run in runs.items():
-            spent = measure(run)
-            if i:
-                times[key].append(spent)
-    return {key: statistics.median(each) for key, each in times.items()}
-
-
-def compare(lengths: tuple[int, ...], sizes: Iterable[int], scheme: str, rounds: int) -> dict[str, Any]:
-    """All ranks of all sizes, each beside torch's kernels on its area."""
-    batch = Batch(lengths)
-    layouts = {sp: token_layout(lengths, sp, scheme) for sp in sizes}
-    parts = {
-        (sp, strategy, rank): part_of(layout, rank, strategy)
-        for sp, layout in layouts.items()
-        for strategy in STRATEGIES[: 1 if sp == 1 else None]
-        for rank in range(sp)
-    }
-    runs: dict[Any, Run] = {key: batch.attention(part, of_any_length) for key, part in parts.items()}
-    runs |= {name: batch.each_request(each) for name, each in SDPA.items()}
-    wrong = error(batch, runs, layouts)
-    for tokens in {sequence_of(part.area) for part in parts.values()}:
-        runs |= {(tokens, name): run for name, run in of_area(tokens).items()}
-    seconds = medians(runs, rounds)
-    plans = {key: planning(batch, part) for key, part in parts.items()}
-    planned = medians(plans, rounds, host_seconds)
-    unsharded = {name: seconds[name] for name in SDPA} | {"sp=1": seconds[1, STRATEGIES[0], 0]}
-    found: dict[str, Any] = {"lengths": lengths, "unsharded_seconds": unsharded, "error": wrong}
-    for sp, strategy in dict.fromkeys(key[:2] for key in parts):
-        ranks = [rank_figures(parts[sp, strategy, i], seconds, seconds[sp, strategy, i]) for i in range(sp)]
-        spent = [each["seconds"] for each in ranks]
-        found[f"sp={sp}, {strategy}"] = {
-            "slowest_over_mean": max(spent) / statistics.mean(spent),
-            "sum_over_sp1": sum(spent) / unsharded["sp=1"],
-            "sum_over_best_unsharded": sum(spent) / min(unsharded.values()),
-            "plan_seconds": max(planned[sp, strategy, i] for i in range(sp)),
-            "ranks": ranks,
-        }
+def compare(lengths: tuple[int, ...], sizes: Iterable[int], scheme: str, rounds: int, shape: Shape) -> dict[str, Any]:
+    """All ranks of all sizes, each beside torch's kernels on its area; one rank at a time is held."""
+    batch = Batch(lengths, shape)
+    unsharded: dict[str, float] = {}
+    for name, each in kernels_on(shape).items():
+        unsharded |= medians({name: batch.each_request(each)}, rounds)
+    expected = batch.each_request(SDPA["flash SDPA"])()
+    found: dict[str, Any] = {"lengths": lengths, "unsharded_seconds": unsharded, "error": 0.0}
+    for sp in sizes:
+        layout = token_layout(lengths, sp, scheme)
+        for strategy in STRATEGIES[: 1 if sp == 1 else None]:
+            ranks, outputs, planned = [], [], []
+            for rank in range(sp):
+                part = part_of(layout, rank, strategy)
+                run = batch.attention(part, code_on(shape, of_any_length))
+                outputs.append(run())
+                tokens = sequence_of(part.area)
+                runs: dict[Any, Run] = {(tokens, name): each for name, each in of_area(tokens, shape).items()}
+                seconds = medians({"ours": run, **runs}, rounds)
+                ranks.append(rank_figures(part, seconds, seconds["ours"]))
+                planned.append(medians({0: planning(batch, part)}, rounds, host_seconds)[0])
+                del run, runs
+            restored = torch.cat(outputs, dim=2)[:, :, layout.restore_index.to(batch.device)]
+            found["error"] = max(found["error"], difference(restored, expected))
+            spent = [each["seconds"] for each in ranks]
+            unsharded.setdefault("sp=1", sum(spent))
+            found[f"sp={sp}, {strategy}"] = {
+                "slowest_over_mean": max(spent) / statistics.mean(spent),
+                "sum_over_sp1": sum(spent) / unsharded["sp=1"],
+                "sum_over_best_unsharded": sum(spent) / min(unsharded.values()),
+                "plan_seconds": max(planned),
+                "ranks": ranks,
+            }
     return found
 
 
-def generalize() -> None:
+def generalize(shape: Shape) -> None:
     """Let the code that is for any length be made before what is measured."""
     for tokens in (1000, 1700, 2600):
-        batch = Batch((tokens,))
+        batch = Batch((tokens,), shape)
         for sp in (1, 2, 4):
             for strategy in STRATEGIES:
                 batch.attention(part_of(token_layout((tokens,), sp), 0, strategy), of_any_length)()
@@ -241,7 +236,7 @@ def rank_figures(part: Part, seconds: Mapping[Any, float], spent: float) -> dict
     """One rank against torch's kernels on a causal sequence, their times by the pair."""
     tokens = sequence_of(part.area)
     share = part.area / (tokens * (tokens + 1) / 2)
-    others = {name: seconds[tokens, name] * share for name in (*SDPA, "FlexAttention")}
+    others = {key[1]: spent * share for key, spent in seconds.items() if isinstance(key, tuple)}
     return {
         "queries": len(part.queries),
         "keys": len(part.keys),
@@ -253,21 +248,10 @@ def rank_figures(part: Part, seconds: Mapping[Any, float], spent: float) -> dict
     }
 
 
-def error(batch: Batch, runs: Mapping[Any, Run], layouts: Mapping[int, TokenLayout]) -> float:
-    """The largest norm, over that of all values, by which ranks together differ from SDPA of each request."""
-    expected = runs["flash SDPA"]().float()
-    found = []
-    for sp, strategy in dict.fromkeys(key[:2] for key in runs if not isinstance(key, str)):
-        outputs = [runs[sp, strategy, rank]() for rank in range(sp)]
-        whole = torch.cat(outputs, dim=2)[:, :, layouts[sp].restore_index.to(DEVICE)]
-        found.append(float((whole.float() - expected).norm() / expected.norm()))
-    return max(found)
-
-
-def tiles(tokens: int, rounds: int) -> dict[str, Any]:
+def tiles(tokens: int, rounds: int, shape: Shape) -> dict[str, Any]:
     """The kernel ``tiles``, which training uses, and torch's kernels, on one causal sequence, forward and backward."""
-    batch, scale = Batch((tokens,)), WIDTH**-0.5
-    rows = torch.arange(tokens, device=DEVICE)
+    batch, scale = Batch((tokens,), shape), shape.width**-0.5
+    rows = torch.arange(tokens, device=shape.device)
     operands, rule = [rows[:, None], rows[None, :]], "mask = le(x1, x0)"
     plan = as_tensor(plan_regions(operands, [], rule, None, tokens, tokens))
     out, lse = kernels.attend("tiles", batch.q, batch.k, batch.v, operands, [], rule, scale, plan, None)
@@ -309,29 +293,98 @@ def show(name: str, found: Mapping[str, Any]) -> None:
         )
 
 
+def rows_of(name: str, found: Mapping[str, Any]) -> list[tuple[str, float, str, bool]]:
+    """Rows of the table: what, ratio, target, whether it is reached."""
+    rows = []
+    for key, each in found.items():
+        if "ratio" in each if isinstance(each, dict) else False:
+            sign = "<=" if name.endswith("model") else ">="
+            rows.append((f"{name}, {key}", each["ratio"], f"{sign} {each['target']}", each["met"]))
+        elif key.startswith("sp="):
+            best = min(1 / rank["ratio"] for rank in each["ranks"])
+            rows.append((f"{name}, {key}, best over ours", best, ">= 0.9", best >= 0.9))
+            for what in ("slowest_over_mean", "sum_over_sp1"):
+                rows.append((f"{name}, {key}, {what.replace('_', ' ')}", each[what], "<= 1.05", each[what] <= 1.05))
+    return rows
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """The table, with the machine and the command."""
+    lines = [
+        "# One device",
+        "",
+        f"Machine: {json.dumps(results['machine'])}",
+        "",
+        f"Command: `{results['command']}`",
+        "",
+    ]
+    lines += ["| what | ratio | target | |", "|---|---|---|---|"]
+    for name, found in results["parts"].items():
+        lines += [
+            f"| {what} | {ratio:.3f} | {target} | {'met' if met else 'missed'} |"
+            for what, ratio, target, met in rows_of(name, found)
+        ]
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes of every part")
     parser.add_argument("--rounds", type=int, default=5, help="timed runs of each")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[32768, 131072])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[32768, 131072, 524288])
     parser.add_argument("--sp", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--scheme", default="zigzag", help="the layout's")
     parser.add_argument("--tiles", type=int, nargs="*", default=[4096, 16384], help="tokens for the kernel tiles")
     parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--markdown", type=Path, help="write the table here")
     chosen = parser.parse_args()
+    if (chosen.device == "cuda") != torch.cuda.is_available():
+        parser.error(
+            f"--device {chosen.device} was given; pass the other, or hide or show GPUs by CUDA_VISIBLE_DEVICES"
+        )
+    device, smoke = torch.device(chosen.device), chosen.smoke
+    if smoke:
+        chosen.rounds, chosen.tokens, chosen.sp, chosen.tiles = 1, [256], [1, 2], []
     torch._dynamo.config.recompile_limit = 256  # one for each length of a sequence that stands for an area
-    results: dict[str, Any] = {"machine": machine(), "versions": versions(), "rounds": chosen.rounds}
-    results["scheme"] = chosen.scheme
+    shapes = [Shape("Llama-3-8B", 32, 8, device), Shape("Qwen3-30B-A3B", 32, 4, device)]
+    if smoke:
+        shapes = [Shape(each.name, 8, each.kv_heads // 4, device, 16) for each in shapes]
+    if device.type == "cpu":
+        chosen.tiles = []
+        print("left out on a CPU: the kernel tiles, cuDNN SDPA, peak memory; FlexAttention is eager here")
+    parts: dict[str, Any] = {}
+    command = " ".join(["python benchmarks/gpu.py", *sys.argv[1:]])
+    results = {"machine": machine(), "versions": versions(), "command": command, "parts": parts}
     with torch.no_grad():
-        generalize()
-        for tokens in chosen.tokens:
-            for name, lengths in batches(tokens).items():
-                results[name] = compare(lengths, sorted({1, *chosen.sp}), chosen.scheme, chosen.rounds)
-                show(name, results[name])
+        for shape in shapes:
+            if device.type == "cuda":
+                generalize(shape)
+            for tokens in chosen.tokens:
+                for name, lengths in batches(tokens).items():
+                    found = compare(lengths, sorted({1, *chosen.sp}), chosen.scheme, chosen.rounds, shape)
+                    parts[f"{shape.name}, {name}"] = found
+                    show(name, found)
+            parts[f"{shape.name}, layout"] = layout_kernels(shape, 256 if smoke else 32768, chosen.rounds)
+            code = code_on(shape, of_any_length)
+            context = 64 if smoke else 131072
+            parts[f"{shape.name}, decode"] = decode(shape, context, chosen.sp, chosen.rounds, decoding_mask, code)
+            if not smoke or shape is shapes[0]:
+                parts[f"{shape.name}, model"] = whole_model(shape, 64 if smoke else 8192, chosen.rounds, smoke)
         for tokens in chosen.tiles:
-            found = results[f"tiles, {tokens} tokens"] = tiles(tokens, chosen.rounds)
-            print(f"\n{tokens} tokens, ms: " + ", ".join(f"{key} {value * 1e3:.2f}" for key, value in found.items()))
+            results[f"tiles, {tokens} tokens"] = tiles(tokens, chosen.rounds, shapes[0])
+    print(markdown(results))
     if chosen.json:
         chosen.json.write_text(json.dumps(results, indent=2) + "\n")
+    if chosen.markdown:
+        chosen.markdown.write_text(markdown(results))
+
+
+def decoding_mask(operands: list[torch.Tensor]) -> BlockMask:
+    """The block mask of new tokens over the keys of a rank."""
+    queries, keys = len(operands[0]), len(operands[-1])
+    plan = flex.block_mask(operands[:-1], [], RULE, operands[-1], queries, keys)
+    return block_mask_of(plan.to(operands[-1].device), operands)
 
 
 if __name__ == "__main__":
