@@ -259,7 +259,7 @@ def tiles(tokens: int, rounds: int, shape: Shape) -> dict[str, Any]:
     saved = kernels.Saved(batch.q, batch.k, batch.v, out.to(grad.dtype), lse, grad, None)
     runs: dict[str, Run] = {
         "tiles": lambda: kernels.attend("tiles", *saved[:3], operands, [], rule, scale, plan, None),
-        "tiles, backward": lambda: kernels.gradients(saved, operands, [], rule, scale, plan, None),
+        "tiles, backward": lambda: kernels.gradients("tiles", saved, operands, [], rule, scale, plan, None, ()),
     }
     for name, backend in {**SDPA, "efficient SDPA": SDPBackend.EFFICIENT_ATTENTION}.items():
         runs[name] = causal(batch.q, batch.k, batch.v, backend)
