@@ -1,10 +1,12 @@
-"""Attention of every rank of a layout on one GPU, one rank after another, without communication.
+"""Attention of every rank of a layout, layout kernels, decoding and whole models on one GPU, without communication.
 
 Run ``python benchmarks/gpu.py`` on an otherwise idle GPU; ``--help`` shows what can be chosen. The shapes are those of
-Llama-3-8B: 32 query and 8 key/value heads of 128 dims, bf16. A rank's queries meet the keys that a strategy brings, in
-the order in which they come, under the block mask that is planned for them; the code is FlexAttention's for any length,
-as in compiled models. Beside each rank stand torch's kernels on one causal sequence with as many visible pairs of query
-and key, FlexAttention with code for that length alone. Times are those of CUDA events, medians of interleaved rounds.
+Llama-3-8B and Qwen3-30B-A3B: 32 query and 8 or 4 key/value heads of 128 dims, bf16. A rank's queries meet the keys that
+a strategy brings, in the order in which they come, under the block mask that is planned for them; the code is
+FlexAttention's for any length, as in compiled models. Beside each rank stand torch's kernels on one causal sequence
+with as many visible pairs of query and key,
+FlexAttention with code for that length alone. Times are those of CUDA events,
+medians of interleaved rounds.
 """
 
 from __future__ import annotations
@@ -297,7 +299,7 @@ def rows_of(name: str, found: Mapping[str, Any]) -> list[tuple[str, float, str, 
     """Rows of the table: what, ratio, target, whether it is reached."""
     rows = []
     for key, each in found.items():
-        if "ratio" in each if isinstance(each, dict) else False:
+        if isinstance(each, dict) and "ratio" in each:
             sign = "<=" if name.endswith("model") else ">="
             rows.append((f"{name}, {key}", each["ratio"], f"{sign} {each['target']}", each["met"]))
         elif key.startswith("sp="):

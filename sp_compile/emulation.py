@@ -14,7 +14,7 @@ from sp_compile.compiled import Compiled, Kept, Ready, Step
 from sp_compile.config import CompileConfig
 from sp_compile.delivery import Lockstep, Replay, seated, stand_in
 from sp_compile.inputs import forward_options
-from sp_compile.measure import PeakMemory, median_seconds
+from sp_compile.measure import PeakMemory, median_seconds, synchronize
 from sp_compile.mesh import Group
 from sp_compile.report import Report
 from sp_compile.runtime import ParallelModule, device_of, rank_inputs
@@ -152,10 +152,10 @@ class Emulation:
     def _figures(self, rank: int, repeats: int) -> RankFigures:
         run, device = self.rank(rank), self._device
         run()
-        seconds = median_seconds(run, repeats, device, lambda: _synchronize(device))
+        seconds = median_seconds(run, repeats, device, lambda: synchronize(device))
         with PeakMemory(device) as peak:
             run()
-            _synchronize(device)
+            synchronize(device)
         return RankFigures(seconds, peak.bytes, self.delivered_bytes(rank))
 
     def _delivered(self, rank: int) -> Mapping[int, Any]:
@@ -165,8 +165,3 @@ class Emulation:
     @property
     def _device(self) -> torch.device:
         return device_of(self._model.module)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

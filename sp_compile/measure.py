@@ -28,9 +28,14 @@ def seconds(run: Callable[[], Any], device: torch.device, before: Callable[[], N
     before()
     start = time.perf_counter()
     run()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what was started on a device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 def least_seconds(run: Callable[[], Any], device: torch.device) -> float:

@@ -71,7 +71,7 @@ def attend_backward(
     of_rule = [torch.zeros_like([*operands, *tables][i], dtype=wide) for i in learned]
     products = by_products(rule, saved.q) or grad_lse is not None or bool(learned)
     for region in regions:
-        rows = slice(region.row, region.row + 1) if region.row >= 0 else slice(None)
+        rows = region.rows
         own = [rows_of(each, rows) for each in operands]
         q, k, v, out, lse, row_grad = (each[rows] for each in saved[:6])
         part = Saved(q, k, v, out, lse, row_grad, None if grad_lse is None else grad_lse[rows])

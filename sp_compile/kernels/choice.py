@@ -141,11 +141,13 @@ def choose(asked: str, need: Need) -> tuple[str, str | None]:
         KernelError: the kernel that was asked for cannot serve the node; says why and which can.
     """
     if asked == "auto":
-        reasons = {name: KERNELS[name](need) or _unasked(name, need) for name in preferred(need)}
-        chosen = next(name for name, reason in reasons.items() if reason is None)
-        first = next(iter(reasons))
-        passed = None if chosen == first else f"kernel {first}: {reasons[first]}"
-        return chosen, passed if need.device == "cuda" else None
+        passed = None
+        for name in preferred(need):
+            reason = KERNELS[name](need) or _unasked(name, need)
+            if reason is None:
+                return name, passed if need.device == "cuda" else None
+            passed = passed or f"kernel {name}: {reason}"
+        raise AssertionError("the last kernel of a device serves all")
     reason = KERNELS[asked](need)
     if reason is not None:
         able = [name for name, refuses in KERNELS.items() if refuses(need) is None]

@@ -47,7 +47,7 @@ def attend(
         merge((out[rows, :, at], lse[rows, :, at]), fused.attend(name, q, k, v, scale, window))
     for region in regions:
         if region.masked:
-            rows = _batch_rows(region)
+            rows = region.rows
             own = [rows_of(each, rows) for each in operands]
             for at, keys, cut, mask, bias in held_blocks(region, own, tables, rule, valid):
                 q, k, v = q_BHQD[rows, :, at], k_BGKD[rows, :, keys], v_BGKE[rows, :, keys]
@@ -91,10 +91,6 @@ def _windows(regions: Sequence[Region]) -> Iterator[tuple[Region, Window]]:
             yield found
 
 
-def _batch_rows(region: Region) -> slice:
-    return slice(region.row, region.row + 1) if region.row >= 0 else slice(None)
-
-
 def _slices(box: Region) -> tuple[slice, slice, slice]:
     """Rows of the batch, queries and keys."""
-    return _batch_rows(box), slice(box.q_start, box.q_end), slice(box.k_start, box.k_end)
+    return box.rows, slice(box.q_start, box.q_end), slice(box.k_start, box.k_end)

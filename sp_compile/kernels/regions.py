@@ -32,9 +32,19 @@ class Region:
     masked: bool = False
 
     @property
+    def rows(self) -> slice:
+        """The rows of the batch."""
+        return batch_rows(self.row)
+
+    @property
     def full(self) -> bool:
         """Whether every query sees every key."""
         return not self.masked and self.low == -UNBOUNDED and self.high == UNBOUNDED
+
+
+def batch_rows(row: int) -> slice:
+    """A row of the batch, or all for -1."""
+    return slice(row, row + 1) if row >= 0 else slice(None)
 
 
 def as_tensor(regions: Sequence[Region]) -> torch.Tensor:

@@ -20,7 +20,7 @@ from sp_compile.kernels.dense import Partial, accumulated, dense_partial
 from sp_compile.kernels.few import attend_few, of_few_queries
 from sp_compile.kernels.flash import flash, merge
 from sp_compile.kernels.plan import between, rows_of
-from sp_compile.kernels.regions import UNBOUNDED, Region
+from sp_compile.kernels.regions import UNBOUNDED, Region, batch_rows
 from sp_compile.kernels.strips import STRIP, TRIANGLE, Strip, strips
 from sp_compile.score_rule import assigns, evaluate
 
@@ -56,7 +56,7 @@ def attend(
     holding = assigns(rule, "bias") or products
     few, others = ({}, regions) if holding else of_few_queries(regions)
     for region in others:
-        rows = _batch_rows(region.row)
+        rows = region.rows
         parts = q_BHQD[rows], k_BGKD[rows], v_BGKE[rows]
         call = _Call(*parts, [rows_of(each, rows) for each in operands], tables, rule, scale, valid, products)
         for at, part in call.held(region) if region.masked or holding else call.banded(region):
@@ -75,13 +75,9 @@ def attend(
         return attend_few(q_BHQD, k_BGKD, v_BGKE, scale, few[-1])
     _clear(out, lse, ~written)
     for row, chosen in few.items():
-        rows = _batch_rows(row)
+        rows = batch_rows(row)
         merge((out[rows], lse[rows]), attend_few(q_BHQD[rows], k_BGKD[rows], v_BGKE[rows], scale, chosen))
     return out, lse
-
-
-def _batch_rows(row: int) -> slice:
-    return slice(row, row + 1) if row >= 0 else slice(None)
 
 
 def by_products(rule: str, q: torch.Tensor) -> bool:
