@@ -354,7 +354,7 @@ class ShardedCache(Cache):
         self._forget([each for each in self.storages if self.ledger.shelves[each.window].released])
         for each in self.storages:
             slots = self.ledger.slots(pending.requests, pending.places, self.rank, each.window)
-            each.reserve(max(int(self.ledger.shelves[each.window].slots[self.rank]), self.ledger.page))
+            each.reserve(int(self.ledger.shelves[each.window].slots[self.rank]), self.ledger.page)
             at = torch.from_numpy(np.flatnonzero(slots >= 0))
             rows, new = pending.rows[at], (at, torch.from_numpy(slots)[at])
             device = each.index.device

@@ -133,7 +133,7 @@ def load(cache: ShardedCache, folder: Path, layout: dict[str, Any], device: torc
                 parts.append(indexable(whole).index_select(2, chosen).view(whole.dtype).to(device))
             if storage is None:
                 storage = Storage(window, described["tensors"], parts, parts[0].dtype)
-                storage.reserve(max(int(ledger.shelves[window].slots[cache.rank]), ledger.page))
+                storage.reserve(int(ledger.shelves[window].slots[cache.rank]), ledger.page)
                 cache.storages.append(storage)
             rows = torch.from_numpy(starts[request[at]] + position[at])
             storage.write(torch.from_numpy(where[at]).to(device), rows.to(device), parts)

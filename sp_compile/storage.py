@@ -51,14 +51,15 @@ class Storage:
         """Whether someone else wrote into the tensors."""
         return self._versions != [each._version for each in self.tensors]
 
-    def reserve(self, slots: int) -> None:
-        """Have at least so many slots, and at most a quarter more.
+    def reserve(self, slots: int, page: int) -> None:
+        """Have at least so many slots, in whole pages, one of them at least.
 
-        They grow by a quarter at least, so that tokens are copied a bounded number of times on average, and steps that
-        are replayed find them where they were.
+        They grow by a quarter, to the next page, so that tokens are copied a bounded number of times on average, and
+        steps that are replayed find them where they were.
         """
+        slots = max(slots, page)
         if slots > len(self.index):
-            slots = max(slots, len(self.index) * 5 // 4)
+            slots = -(-max(slots, len(self.index) * 5 // 4) // page) * page
             self.tensors = [_extended(each, slots, 2) for each in self.tensors]
             self.index, self.valid = (_extended(each, slots, 0) for each in (self.index, self.valid))
             self._seal()

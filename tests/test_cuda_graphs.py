@@ -18,6 +18,7 @@ from sp_compile.compat import compile_graph
 from sp_compile.cuda_graphs import Recorder
 from sp_compile.errors import ConfigError
 from sp_compile.host_part import PLANS, obstacle, split
+from sp_compile.storage import Storage
 from tests.local_graphs import local_programs
 from tests.models import llama
 from tests.test_generation import check_greedy, prompts
@@ -414,12 +415,13 @@ def test_the_option_is_checked():
         parallel_of(llama(), cuda_graph="never")
 
 
-def test_slots_grow_by_a_quarter_and_are_at_most_a_quarter_too_many():
-    storage = sp_compile.storage.Storage(None, [0], [torch.zeros(1, 1, 0, 2)], None)
+def test_slots_grow_by_a_quarter_in_whole_pages():
+    storage = Storage(None, [0], [torch.zeros(1, 1, 0, 2)], None)
     sizes = []
-    for asked in range(8, 4000, 8):
-        storage.reserve(asked)
-        assert asked <= len(storage.index) <= max(asked, 1.25 * asked)
+    for asked in range(0, 4000, 8):
+        storage.reserve(asked, page=8)
+        assert max(asked, 8) <= len(storage.index) <= max(1.25 * asked, asked) + 8
+        assert len(storage.index) % 8 == 0
         sizes.append(len(storage.index))
     assert len({*sizes}) <= 35
 
