@@ -149,6 +149,8 @@ def _plan(program: Program, node: fx.Node, args: ops.AttentionArgs) -> fx.Node:
     names.append(f"held_index_{keys.shelf}" if isinstance(keys, Held) else gathered_index(keys))
     if isinstance(keys, Held) and PLANS[args.kernel] is TILES:
         names.append(f"held_runs_{keys.shelf}")
+    if not program.parallel:
+        names = ["restore_index"] * 2  # of all tokens
     rows = [program.index_input(name) for name in names]
     with program.graph.inserting_before(node):
         plan = program.graph.call_function(
