@@ -53,6 +53,8 @@ $(READY): pyproject.toml constraints.txt
 	@echo "installing torch, which is large, and then the rest"
 	$(PIP) torch
 	$(PIP) --editable '.[dev]'
+	@# torch's builds for GPUs bring the Triton that fits; without one, tests interpret its code
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) --no-deps triton==3.7.1
 	@touch $@
 
 clean:

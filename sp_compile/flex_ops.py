@@ -118,12 +118,14 @@ def fill_empty_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of the output and of the values by :func:`fill_empty`."""
     blind = ~seen[:, None]
-    return grad.masked_fill(blind.unsqueeze(-1), 0.0), kernels.gradient_of_means(grad, blind, v, valid)
+    own, of_values = grad.masked_fill(blind.unsqueeze(-1), 0.0), kernels.gradient_of_means(grad, blind, v, valid)
+    return own.contiguous(), of_values.contiguous()
 
 
 @fill_empty_backward.register_fake
 def _(grad: torch.Tensor, v: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty_like(grad), torch.empty_like(v, memory_format=torch.contiguous_format)
+    own, of_values = (torch.empty_like(each, memory_format=torch.contiguous_format) for each in (grad, v))
+    return own, of_values
 
 
 def _save_filled(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:

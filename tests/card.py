@@ -1,7 +1,7 @@
 """A GPU that is not there: Inductor makes code as for an H100, and Triton's interpreter runs it on tensors of a CPU.
 
-The graphs are those for a GPU, and so is the Triton code, FlexAttention's included; what it computes is computed element
-by element. Not seen are races, shared memory, registers and times. ``python -m tests.card`` is a rank with such a GPU.
+The graphs are those for a GPU, and so is the Triton code, FlexAttention's included. Not seen are races, shared memory,
+registers and times. ``python -m tests.card`` is a rank with such a GPU.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class CardPool(RankPool):
         started = []
         for rank in range(self.sp):
             of_rank = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self.sp, "LOCAL_WORLD_SIZE": self.sp}
-            environment = {**os.environ, **ONE_THREAD, **INTERPRETED, **{key: str(each) for key, each in of_rank.items()}}
+            own = {key: str(each) for key, each in of_rank.items()}
+            environment = {**os.environ, **ONE_THREAD, **INTERPRETED, **own}
             command = [sys.executable, "-m", "tests.card", self._folder.name]
             started.append(subprocess.Popen(command, cwd=ROOT, env=environment))
         return [each.pid for each in started]
@@ -79,7 +80,9 @@ def pretend() -> None:
     )
     target = GPUTarget("cuda", 90, 32)
     triton.runtime.driver.set_active(
-        SimpleNamespace(get_current_target=lambda: target, get_current_device=lambda: 0, get_current_stream=lambda *_: 0)
+        SimpleNamespace(
+            get_current_target=lambda: target, get_current_device=lambda: 0, get_current_stream=lambda *_: 0
+        )
     )
     scheduler.has_triton = lambda *_: True
     torch.utils._triton.triton_hash_with_backend = lambda: "interpreted"
@@ -93,7 +96,8 @@ def pretend() -> None:
     for name, each in own.items():
         setattr(torch.cuda, name, each)
     torch._C._cuda_getCurrentRawStream = lambda _: 0  # type: ignore[attr-defined]
-    torch._C._dynamo.guards._empty_strided_cuda = torch._C._dynamo.guards._empty_strided_cpu  # type: ignore[attr-defined]
+    allocate: Any = torch._C._dynamo.guards
+    allocate._empty_strided_cuda = allocate._empty_strided_cpu
     write = PyCodeCache.write
     PyCodeCache.write = lambda source, extra="": write(_on_cpu(source), extra)  # type: ignore[method-assign]
 

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import sp_compile
 from sp_compile.kernels import fused
 from sp_compile.kernels.rates import Shape, measured
 from tests import training
-from tests.attention_kinds import BUCKETS, GROUPS, HEADS, KINDS, WIDTH, Attention, batch, definition
 from tests.local_graphs import kernels_of
 from tests.models import gpt, llama
+from tests.on_device import COMPILES, PADDED, SINGLE, UNSCORED, assert_right, check_kernel, flex_step, generate
 from tests.staged import StagedPool
-from tests.test_generation import check_greedy, prompts
+from tests.test_generation import prompts
 from tests.test_staged import check_collectives, collectives
 
 pytestmark = [
@@ -27,33 +24,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU that torch can use"),
 ]
 DEVICE = "cuda"
-HEAD_DIMS = {
-    "causal": (16, 16),
-    "window": (64, 64),
-    "chunked": (128, 128),
-    "packed": (256, 256),
-    "padded left": (256, 256),
-    "padded right": (40, 40),
-    "ALiBi": (24, 24),
-    "softcap": (80, 80),
-    "sinks": (96, 96),
-    "relative bias per head": (192, 192),
-    "MLA": (192, 128),
-    "prefix-LM": (112, 112),
-    "bidirectional blocks": (72, 72),
-    "window, first tokens, packed": (160, 160),
-}
-SINGLE = [name for name, each in KINDS.items() if each.rows == 1]  # one row a batch
-UNSCORED = [name for name in SINGLE if not KINDS[name].score]
-PADDED = [name for name, each in KINDS.items() if each.rows == 2]
-LENGTHS = (21, 301, 53, 3)  # code is generated for the first
-# one for a single token, one for fewer than 128 queries a rank
-COMPILES = {
-    "tiles": 2,
-    "fused": 2,
-    "dense": 2,
-    "flex": 3,
-}
 RAGGED = ([5, 12], [300, 1, 33, 130], [1])  # the last is less than two ranks can share
 
 
@@ -68,90 +38,6 @@ def staged() -> Iterator[StagedPool]:
 # Kernels
 
 
-class Layer(Attention):
-    """An :class:`Attention` with head dims of its own, whose masks are made where it runs."""
-
-    def __init__(self, kind: str) -> None:
-        super().__init__(kind, "sdpa" if "sdpa" in KINDS[kind].forms else "eager")
-        own, value = HEAD_DIMS[kind]
-        self.kind = replace(self.kind, head_dims=(own, value))
-        self.q, self.k = nn.Linear(WIDTH, HEADS * own), nn.Linear(WIDTH, GROUPS * own)
-        self.v, self.o = nn.Linear(WIDTH, GROUPS * value), nn.Linear(HEADS * value, WIDTH)
-
-    def _mask(self, vectors: dict[str, torch.Tensor], length: int) -> torch.Tensor:
-        rows = torch.arange(length, device=self.slopes.device)
-        q, k = rows[:, None], rows[None, :]
-
-        def at(name: str, index: torch.Tensor) -> torch.Tensor:
-            vector = vectors[name][:, None, :]
-            return vector[..., None] if index is q else vector[..., None, :]
-
-        mask = self.kind.sees(at, q, k)
-        return mask if mask.dim() == 4 else mask[None, None]
-
-    def _bias(self, length: int) -> torch.Tensor | None:
-        rows = torch.arange(length, device=self.slopes.device)
-        distance = rows[:, None] - rows[None, :]
-        if self.kind.score == "alibi":
-            return (-self.slopes[:, None, None] * distance)[None]
-        if self.kind.score == "relative":
-            return nn.functional.embedding(distance.clamp(0, BUCKETS - 1), self.table).permute(2, 0, 1)[None]
-        return None
-
-
-class Layers(nn.Module):
-    """Layers of many kinds side by side, so that one compilation serves them all."""
-
-    def __init__(self, kinds: Sequence[str]) -> None:
-        super().__init__()
-        torch.manual_seed(7)
-        self.layers = nn.ModuleList(Layer(each) for each in kinds)
-
-    def forward(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor, **vectors: torch.Tensor) -> Any:
-        return tuple(each(inputs_embeds, position_ids, **vectors) for each in self.layers)
-
-
-def inputs_of(kinds: Sequence[str], length: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Fresh inputs that all of these kinds can take."""
-    seed = int(torch.randint(1 << 30, ()))
-    found: dict[str, torch.Tensor] = {}
-    for kind in ("padded left",) if kinds == PADDED else ("packed", "bidirectional blocks"):
-        found = {**batch(kind, length, dtype, seed), **found}
-    return found
-
-
-def check_kernel(kinds: Sequence[str], dtype: torch.dtype, kernel: str, sp: int | None = 1) -> set[str]:
-    """Compare with the definition in fp64; the kernels that ran."""
-    plain, exact = (Layers(kinds).to(device, dtype).eval() for device in (DEVICE, "cpu"))
-    codegen = "inductor" if kernel == "flex" else "eager"
-    parallel = sp_compile.parallelize(plain, sp=sp, kernel=kernel, codegen=codegen)
-    for length in LENGTHS if sp == 1 else (*LENGTHS, 1):
-        inputs = inputs_of(kinds, length, dtype)
-        on_card = {name: each.to(DEVICE) for name, each in inputs.items()}
-        with torch.no_grad():
-            outputs = parallel(**on_card)
-            with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):  # cuDNN fills rows that see nothing
-                own_outputs = plain(**on_card)
-            for layer, found, own in zip(exact.layers, outputs, own_outputs, strict=True):
-                right = definition("", layer, inputs)
-                case = f"{layer.kind.sees.__name__} {layer.kind.score} {layer.kind.head_dims}, {length} tokens"
-                assert_right(found.cpu(), own.cpu(), right, dtype, case)
-    assert parallel.compiles <= COMPILES[kernel]
-    assert not parallel.report().fallbacks
-    return kernels_of(parallel)
-
-
-def assert_right(found: torch.Tensor, own: torch.Tensor, right: torch.Tensor, dtype: torch.dtype, case: str) -> None:
-    """fp32 to 1e-5 of the scale, lower precision as exactly as the unsharded model itself, within a factor of two."""
-    assert found.dtype == dtype
-    if dtype == torch.float32:
-        assert (found.double() - right).abs().max() <= 1e-5 * right.abs().max(), case  # NaN fails
-        return
-    seen = ~own.isnan()  # a softmax makes NaN of a row that sees nothing
-    ours, theirs = ((each.double() - right)[seen].norm() for each in (found, own))
-    assert ours <= 2 * theirs, f"{case}: {ours} against {theirs}"
-
-
 @pytest.mark.parametrize(
     ("kinds", "dtype"),
     [
@@ -162,14 +48,14 @@ def assert_right(found: torch.Tensor, own: torch.Tensor, right: torch.Tensor, dt
     ],
 )
 def test_tiles_are_right_for_every_kind_of_rule(kinds: list[str], dtype: torch.dtype):
-    assert check_kernel(kinds, dtype, "tiles") == {"tiles"}
+    assert check_kernel(DEVICE, kinds, dtype, "tiles") == {"tiles"}
 
 
 @pytest.mark.parametrize(
     ("kinds", "dtype"), [(UNSCORED[::2], torch.bfloat16), (UNSCORED[1::2], torch.float16), (PADDED, torch.bfloat16)]
 )
 def test_fused_kernels_are_right_for_every_kind_of_mask(kinds: list[str], dtype: torch.dtype):
-    assert check_kernel(kinds, dtype, "fused") == {"fused"}
+    assert check_kernel(DEVICE, kinds, dtype, "fused") == {"fused"}
 
 
 @pytest.mark.parametrize("name", fused.KERNELS)
@@ -183,7 +69,7 @@ def test_fused_kernels_run_on_this_card_and_give_what_attention_is(name: str, ba
 
 @pytest.mark.parametrize("kinds", [SINGLE[::2], PADDED])
 def test_the_definition_is_right(kinds: list[str]):
-    assert check_kernel(kinds, torch.float32, "dense") == {"dense"}
+    assert check_kernel(DEVICE, kinds, torch.float32, "dense") == {"dense"}
 
 
 @pytest.mark.parametrize(
@@ -191,11 +77,11 @@ def test_the_definition_is_right(kinds: list[str]):
     [(SINGLE[::2], torch.float32), (SINGLE[1::2], torch.bfloat16), (PADDED, torch.float16)],
 )
 def test_flex_attention_is_right_for_every_kind_of_rule(kinds: list[str], dtype: torch.dtype):
-    assert check_kernel(kinds, dtype, "flex") == {"flex"}
+    assert check_kernel(DEVICE, kinds, dtype, "flex") == {"flex"}
 
 
 def test_ranks_without_tokens_of_their_own(staged: StagedPool):
-    for used in staged.run(check_kernel, ["sinks"], torch.float32, "flex", None):
+    for used in staged.run(check_kernel, DEVICE, ["sinks"], torch.float32, "flex", None):
         assert used == {"flex"}
 
 
@@ -253,21 +139,9 @@ def test_generated_code_on_two_ranks(staged: StagedPool, attention: str, dtype: 
         assert used == {"flex"}
 
 
-def generate(codegen: str, new: int) -> float:
-    """The largest error of log-probabilities, where all tokens are those of each request alone."""
-    model, requests = llama(hidden_size=128), prompts((1, 2, 17, 200))
-    parallel = sp_compile.parallelize(llama(hidden_size=128).to(DEVICE), codegen=codegen)
-    cache = sp_compile.ShardedCache(parallel, page_size=8)
-    options: dict[str, Any] = {"max_new_tokens": new, "prefill_tokens": 150, "cache": cache, "eos_token_id": -1}
-    asked = [each.to(DEVICE) for each in requests]
-    found = sp_compile.generate(parallel, asked, logprobs=True, prompt_logprobs=True, **options)
-    assert {len(each.tokens) for each in found} == {new}
-    return check_greedy(model, requests, found)
-
-
 @pytest.mark.parametrize(("codegen", "new"), [("eager", 24), ("inductor", 6)])
 def test_greedy_generation_with_a_sharded_cache(staged: StagedPool, codegen: str, new: int):
-    for worst in staged.run(generate, codegen, new):
+    for worst in staged.run(generate, DEVICE, codegen, new):
         assert worst <= 1e-5
 
 
@@ -350,20 +224,8 @@ def test_half_precision_trains_by_fused_kernels(staged: StagedPool, name: str, c
         assert used == {"fused"}
 
 
-def flex_step(name: str, **options: Any) -> tuple[float, set[str]]:
-    """How far loss and gradients in fp32 are from those of the unsharded step, and the kernels that ran."""
-    heads = {"head_dim": 16, "sliding_window": 40} if name == "Mistral" else {}
-    own, other = (training.built(name, **heads).to(DEVICE) for _ in range(2))
-    parallel = sp_compile.parallelize(own, kernel="flex", **options)
-    apart = []
-    for shape in ((1, 57), (2, 300)):
-        step = {key: each.to(DEVICE) for key, each in training.batch_of(shape).items()}
-        apart.append(training.apart(training.stepped(parallel, step), training.stepped(other, step)))
-    return max(apart), kernels_of(parallel)
-
-
 @pytest.mark.parametrize(("name", "attention"), [("Llama", "allgather_kv"), ("Gemma2", "ulysses"), ("Mistral", "ring")])
 def test_gradients_through_flex_attention(staged: StagedPool, name: str, attention: str):
-    for apart, used in staged.run(flex_step, name, attention=attention):
+    for apart, used in staged.run(flex_step, DEVICE, name, attention=attention):
         assert apart <= 1e-4
         assert used == {"flex"}
