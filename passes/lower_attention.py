@@ -82,7 +82,7 @@ class _Lowering:
         tile, with_lse = _tile(args, self._on_cpu(args)), ops.attention_part(node, 1) is not None
         options = {**OPTIONS, **tile, "OUTPUT_LOGSUMEXP": with_lse or self.program.differentiable}
         # code for CPUs takes its inputs for tensors of four dims in memory, which views of products or gathers are not
-        q, k, v = args.q, args.k, args.v
+        q, k, v = args.q, *(self._of_dtype(each, args.q.meta["val"].dtype) for each in (args.k, args.v))
         if self._fills_up(args):
             q = self._captured(q, (0, 1, 2, 3))
             k, v = (self._captured(each, (0, 1, 2, 3), keys=2) for each in (k, v))
@@ -164,6 +164,10 @@ class _Lowering:
 
     def _captured(self, tensor: fx.Node, dims: tuple[int, ...], keys: int = -1) -> fx.Node:
         return self._once(torch.ops.sp_compile.captured.default, tensor, list(dims), keys)
+
+    def _of_dtype(self, kept: fx.Node, dtype: torch.dtype) -> fx.Node:
+        """Keys or values of a cache that keeps them in another dtype, in that of the queries."""
+        return kept if kept.meta["val"].dtype == dtype else self._once(aten.to.dtype, kept, dtype)
 
     def _blocks(
         self, args: ops.AttentionArgs, queries_and_keys: tuple[fx.Node, fx.Node], mask: fx.Node

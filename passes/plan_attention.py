@@ -107,7 +107,7 @@ def _need(program: Program, node: fx.Node) -> Need:
         compiled=program.compiled,
         differentiable=program.differentiable,
         learns_rule=program.differentiable and any(map(_learned, (*args.operands, *args.tables))),
-        mixed_dtypes=v.dtype != q.dtype,
+        kept_dtype=v.dtype if v.dtype != q.dtype else None,
     )
 
 

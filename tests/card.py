@@ -63,6 +63,7 @@ class CardPool(RankPool):
 def pretend() -> None:
     """From here on programs of this process are for the GPU that is not there."""
     import triton
+    from torch._dynamo.device_interface import CudaInterface
     from torch._inductor import compile_fx, scheduler
     from torch._inductor.codecache import PyCodeCache
     from torch._inductor.runtime import triton_helpers
@@ -84,6 +85,7 @@ def pretend() -> None:
             get_current_target=lambda: target, get_current_device=lambda: 0, get_current_stream=lambda *_: 0
         )
     )
+    CudaInterface.is_bf16_supported = staticmethod(lambda **_: True)  # type: ignore[method-assign]
     scheduler.has_triton = lambda *_: True
     torch.utils._triton.triton_hash_with_backend = lambda: "interpreted"
     triton_helpers.libdevice = _Elementwise()

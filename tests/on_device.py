@@ -161,3 +161,19 @@ def flex_step(
         step = {key: each.to(device) for key, each in training.batch_of(shape).items()}
         apart.append(training.apart(training.stepped(parallel, step), training.stepped(other, step)))
     return max(apart), kernels_of(parallel)
+
+
+def of_lower_precision(device: str, **options: Any) -> list[float]:
+    """Errors of logits, of their scale, after tokens whose keys and values are kept in bf16, and in fp8."""
+    model, found = llama(hidden_size=128).to(device), []
+    parallel = sp_compile.parallelize(model, **options)
+    ids = torch.randint(3, 120, (1, 30), generator=torch.Generator().manual_seed(3)).to(device)
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits
+        for dtype in (torch.bfloat16, torch.float8_e4m3fn):
+            cache = sp_compile.ShardedCache(parallel, dtype=dtype)
+            parallel(input_ids=ids[:, :20], past_key_values=cache)
+            assert {each.dtype for each in cache.tensors} == {dtype}
+            out = parallel(input_ids=ids[:, 20:], past_key_values=cache).logits
+            found.append(float((out - expected[:, 20:]).abs().max() / expected.abs().max()))
+    return found

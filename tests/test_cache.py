@@ -10,6 +10,7 @@ import torch
 import sp_compile
 from sp_compile.errors import BatchError, CacheError, CacheFullError, RankMismatchError, RequestsMixedError
 from tests.models import llama
+from tests.on_device import of_lower_precision
 from tests.zoo.models import build, tokens
 
 pytest.importorskip("transformers")
@@ -163,23 +164,9 @@ def test_what_is_fewer_bytes_goes_to_the_other(ranks, past: int, new: int, cross
         assert worst <= 1e-5
 
 
-def of_lower_precision() -> list[float]:
-    model, found = llama(), []
-    parallel = sp_compile.parallelize(model, codegen="eager")
-    ids = tokens(1, 30)
-    with torch.no_grad():
-        expected = model(input_ids=ids, use_cache=False).logits
-        for dtype in (torch.bfloat16, torch.float8_e4m3fn):
-            cache = sp_compile.ShardedCache(parallel, dtype=dtype)
-            parallel(input_ids=ids[:, :20], past_key_values=cache)
-            assert {each.dtype for each in cache.tensors} == {dtype}
-            out = parallel(input_ids=ids[:, 20:], past_key_values=cache).logits
-            found.append(error(out, expected[:, 20:]))
-    return found
-
-
-def test_a_cache_may_have_another_dtype_than_the_model(ranks):
-    for half, eighth in ranks(2).run(of_lower_precision):
+@pytest.mark.parametrize("kernel", ["tiles", "flex"])
+def test_a_cache_may_have_another_dtype_than_the_model(ranks, kernel: str):
+    for half, eighth in ranks(2).run(of_lower_precision, "cpu", kernel=kernel, codegen="eager"):
         assert 1e-6 < half < 2e-2
         assert half < eighth < 0.3
 

@@ -14,7 +14,17 @@ from sp_compile.kernels.rates import Shape, measured
 from tests import training
 from tests.local_graphs import kernels_of
 from tests.models import gpt, llama
-from tests.on_device import COMPILES, PADDED, SINGLE, UNSCORED, assert_right, check_kernel, flex_step, generate
+from tests.on_device import (
+    COMPILES,
+    PADDED,
+    SINGLE,
+    UNSCORED,
+    assert_right,
+    check_kernel,
+    flex_step,
+    generate,
+    of_lower_precision,
+)
 from tests.staged import StagedPool
 from tests.test_generation import prompts
 from tests.test_staged import check_collectives, collectives
@@ -143,6 +153,12 @@ def test_generated_code_on_two_ranks(staged: StagedPool, attention: str, dtype: 
 def test_greedy_generation_with_a_sharded_cache(staged: StagedPool, codegen: str, new: int):
     for worst in staged.run(generate, DEVICE, codegen, new):
         assert worst <= 1e-5
+
+
+def test_a_cache_of_another_dtype_than_the_model():
+    half, eighth = of_lower_precision(DEVICE, sp=1)
+    assert 1e-6 < half < 2e-2
+    assert half < eighth < 0.3
 
 
 def test_steps_of_decoding_are_replayed():

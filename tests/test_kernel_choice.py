@@ -58,7 +58,7 @@ FUSED_REFUSES = {
     "they take head dims of at most 256, not 257": {"value_dim": 257},
     "it does not change scores, add a bias or drop weights": {"changes_scores": True},
     "it has no gradients of the log-sum-exp, which the model uses": {"differentiable": True, "lse": True},
-    "it takes queries, keys and values of one dtype": {"mixed_dtypes": True},
+    "it takes queries, keys and values of one dtype": {"kept_dtype": torch.float8_e5m2},
 }
 
 
@@ -104,6 +104,7 @@ def test_the_other_kernels_serve_all(kernel: str):
         (GPU, ("flex", "fused", "tiles")),
         (replace(GPU, changes_scores=True), ("flex", "fused", "tiles")),
         (replace(GPU, compiled=False), ("fused", "tiles")),
+        (replace(GPU, differentiable=True), ("fused", "flex", "tiles")),
         (replace(CPU, device="mps", changes_scores=True), ("tiles",)),
     ],
     ids=str,
@@ -116,15 +117,22 @@ def test_auto_takes_what_the_device_prefers(need: Need, names: tuple[str, ...]):
 @pytest.mark.parametrize(("need", "change", "reason"), REFUSED.values(), ids=REFUSED)
 def test_auto_passes_over_what_cannot_serve_and_says_so_on_a_gpu(need: Need, change: Any, reason: str):
     asked = replace(need, changes_scores=True, **change)
-    assert choose("auto", asked) == ("tiles", f"kernel flex: {reason}" if need.device == "cuda" else None)
+    name, told = choose("auto", asked)
+    assert name == "tiles"
+    if need.device == "cuda":
+        assert told is not None
+        assert {*told.split("; ")} == {f"kernel flex: {reason}", f"kernel fused: {KERNELS['fused'](asked)}"}
+    else:
+        assert told is None
 
 
-def test_gradients_by_flex_attention_have_to_be_asked_for():
+def test_gradients_on_a_gpu_are_those_of_fused_kernels_else_of_flex_attention():
     need = replace(GPU, differentiable=True)
-    told = "kernel flex: its gradients were not measured on a GPU yet; pass kernel='flex' to try"
-    assert choose("auto", need) == ("fused", told)
-    assert choose("auto", replace(need, dtype=torch.float32)) == ("tiles", told)
-    assert choose("flex", need) == ("flex", None)
+    assert choose("auto", need) == ("fused", None)
+    for change in ({"dtype": torch.float32}, {"changes_scores": True}, {"lse": True}):
+        assert choose("auto", replace(need, **change)) == ("flex", None)
+    name, told = choose("auto", replace(need, compiled=False, dtype=torch.float32))
+    assert (name, told) == ("tiles", "kernel fused: they take float16 or bfloat16, not torch.float32")
 
 
 def test_fused_kernels_that_do_not_run_on_a_device_are_passed_over(monkeypatch: pytest.MonkeyPatch):
@@ -138,8 +146,9 @@ def test_fused_kernels_that_do_not_run_on_a_device_are_passed_over(monkeypatch: 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(choice, "refused", refusing)
     need = replace(GPU, differentiable=True, heads=8, kv_heads=2)
-    assert choose("auto", need)[0] == "tiles"
-    assert asked == [(Shape(8, 2, 64, 64, "bfloat16", True), torch.device("cuda", 1))]
+    assert choose("auto", need) == ("flex", None)
+    assert choose("auto", replace(need, compiled=False)) == ("tiles", "kernel fused: no kernel image")
+    assert {*asked} == {(Shape(8, 2, 64, 64, "bfloat16", True), torch.device("cuda", 1))}
     with pytest.raises(KernelError, match="kernel 'fused' cannot serve: no kernel image"):
         choose("fused", need)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.card import CardPool, absent
-from tests.on_device import PADDED, SINGLE, check_kernel, flex_step, generate
+from tests.on_device import PADDED, SINGLE, check_kernel, flex_step, generate, of_lower_precision
 
 pytestmark = pytest.mark.skipif(absent() is not None, reason=str(absent()))
 LENGTHS = (21, 150, 3)
@@ -43,6 +43,12 @@ def test_ranks_without_tokens_of_their_own(cards: CardPool):
 def test_greedy_generation_with_a_sharded_cache(cards: CardPool):
     for worst in cards.run(generate, "cpu", "inductor", 3):
         assert worst <= 1e-5
+
+
+def test_a_cache_of_another_dtype_than_the_model(card: CardPool):
+    ((half, eighth),) = card.run(of_lower_precision, "cpu", sp=1)
+    assert 1e-6 < half < 2e-2
+    assert half < eighth < 0.3
 
 
 @pytest.mark.parametrize(("name", "attention"), [("Llama", "allgather_kv"), ("Gemma2", "ulysses"), ("Mistral", "ring")])

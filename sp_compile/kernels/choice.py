@@ -22,6 +22,7 @@ from sp_compile.kernels import fused
 from sp_compile.kernels.rates import Shape, refused
 
 FLEX_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FP8, FP8_SINCE = (torch.float8_e4m3fn, torch.float8_e5m2), (8, 9)  # the compute capability from which Triton reads it
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Need:
         changes_scores: the rule changes scores or adds a bias.
         drops_weights: the rule drops weights of the softmax.
         compiled: code is generated for the graph.
-        mixed_dtypes: keys and values are not of the queries' dtype.
+        kept_dtype: of keys and values, where a cache keeps them in another than that of the queries.
         differentiable: gradients are wanted.
         learns_rule: so are those of what the rule reads.
     """
@@ -53,7 +54,7 @@ class Need:
     changes_scores: bool = False
     drops_weights: bool = False
     compiled: bool = True
-    mixed_dtypes: bool = False
+    kept_dtype: torch.dtype | None = None
     differentiable: bool = False
     learns_rule: bool = False
 
@@ -77,8 +78,9 @@ def _flex(need: Need) -> str | None:
         return "its generated code has no gradients on a CPU"
     if need.drops_weights:
         return "it does not drop weights"
-    if need.mixed_dtypes:
-        return "it takes queries, keys and values of one dtype"
+    on_card = need.device == "cuda" and torch.cuda.is_available()
+    if need.kept_dtype in FP8 and on_card and torch.cuda.get_device_capability() < FP8_SINCE:
+        return f"code for this GPU does not read {need.kept_dtype}"
     if need.empty_mean and need.mask_per_head:
         return "it does not tell for each head which queries see no key, which get the mean of the values in this model"
     if need.device == "cuda":
@@ -99,7 +101,7 @@ def _fused(need: Need) -> str | None:
         return "it does not change scores, add a bias or drop weights"
     if need.differentiable and need.lse:
         return "it has no gradients of the log-sum-exp, which the model uses"
-    if need.mixed_dtypes:
+    if need.kept_dtype is not None:
         return "it takes queries, keys and values of one dtype"
     reason = fused.serves(need.device, [need.dtype], need.head_dim, need.value_dim)
     if reason is not None or not torch.cuda.is_available():
@@ -120,19 +122,15 @@ KERNELS: Mapping[str, Callable[[Need], str | None]] = {
 
 def preferred(need: Need) -> tuple[str, ...]:
     """Kernels for a device, best first; see ``benchmarks/results``."""
+    if need.device == "cuda" and need.compiled:
+        return ("fused", "flex", "tiles") if need.differentiable else ("flex", "fused", "tiles")
     if need.device == "cuda":
-        return ("flex", "fused", "tiles") if need.compiled else ("fused", "tiles")
+        return ("fused", "tiles")
     return ("flex", "tiles") if need.device == "cpu" and need.compiled and need.changes_scores else ("tiles",)
 
 
-def _unasked(name: str, need: Need) -> str | None:
-    """Why a kernel that could serve is not taken unless it is asked for."""
-    unmeasured = name == "flex" and need.differentiable
-    return "its gradients were not measured on a GPU yet; pass kernel='flex' to try" if unmeasured else None
-
-
 def choose(asked: str, need: Need) -> tuple[str, str | None]:
-    """The kernel for a node, and on a GPU why a faster one was passed over.
+    """The kernel for a node, and why the fast ones of a GPU were passed over where all are.
 
     Args:
         asked: a key of :data:`KERNELS`, or ``auto`` for the first that serves on the device.
@@ -141,12 +139,13 @@ def choose(asked: str, need: Need) -> tuple[str, str | None]:
         KernelError: the kernel that was asked for cannot serve the node; says why and which can.
     """
     if asked == "auto":
-        passed = None
+        passed = []
         for name in preferred(need):
-            reason = KERNELS[name](need) or _unasked(name, need)
+            reason = KERNELS[name](need)
             if reason is None:
-                return name, passed if need.device == "cuda" else None
-            passed = passed or f"kernel {name}: {reason}"
+                told = "; ".join(passed) if need.device == "cuda" and name == "tiles" else ""
+                return name, told or None
+            passed.append(f"kernel {name}: {reason}")
         raise AssertionError("the last kernel of a device serves all")
     reason = KERNELS[asked](need)
     if reason is not None:
