@@ -139,7 +139,7 @@ def choose(asked: str, need: Need) -> tuple[str, str | None]:
         KernelError: the kernel that was asked for cannot serve the node; says why and which can.
     """
     if asked == "auto":
-        passed = []
+        passed = list[str]()
         for name in preferred(need):
             reason = KERNELS[name](need)
             if reason is None:
