@@ -143,15 +143,20 @@ def _learned(node: fx.Node) -> bool:
     return False
 
 
-def _plan(program: Program, node: fx.Node, args: ops.AttentionArgs) -> fx.Node:
+def _rows(program: Program, args: ops.AttentionArgs) -> list[str]:
+    """Index inputs of as many rows as there are queries and keys, and of where a cache's keys are."""
+    if not program.parallel:
+        return ["restore_index"] * 2  # of all tokens, so that no other size than theirs is in the graph
     queries, keys = placement(args.q), placement(args.k)
     names = [gathered_index(queries) if isinstance(queries, Gathered | Heads) else "local_index"]
     names.append(f"held_index_{keys.shelf}" if isinstance(keys, Held) else gathered_index(keys))
     if isinstance(keys, Held) and PLANS[args.kernel] is TILES:
         names.append(f"held_runs_{keys.shelf}")
-    if not program.parallel:
-        names = ["restore_index"] * 2  # of all tokens
-    rows = [program.index_input(name) for name in names]
+    return names
+
+
+def _plan(program: Program, node: fx.Node, args: ops.AttentionArgs) -> fx.Node:
+    rows = [program.index_input(name) for name in _rows(program, args)]
     with program.graph.inserting_before(node):
         plan = program.graph.call_function(
             PLANS[args.kernel], (args.operands, args.tables, args.rule, args.valid, *rows)

@@ -54,7 +54,8 @@ def test_attention_reads_its_plan_with_the_operands_and_validity_that_made_it(sp
     assert (attention.operands, attention.tables, attention.rule) == (operands, tables, rule)
     assert (attention.kernel, attention.plan, attention.valid) == ("tiles", plan, valid)
     names = [each.meta["index_input"] if each is not None else None for each in (q_rows, k_rows, valid)]
-    assert names == ["local_index", "gathered_index", "gathered_valid" if sp == 2 else None]
+    on_ranks = ["local_index", "gathered_index", "gathered_valid"]
+    assert names == (on_ranks if sp == 2 else ["restore_index", "restore_index", None])
     assert describe(placement(plan)) == (f"RankLocal(by {plan.name})" if sp == 2 else "Replicate")
 
 
