@@ -26,7 +26,7 @@ from attention import SHARES
 from gpu_parts import Run, Shape, decode, difference, layers, layout_kernels, medians, whole_model
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from sp_compile import kernels, needs
 from sp_compile.kernels import flex
@@ -58,6 +58,15 @@ def of_one_length(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: Blo
 
 def eager(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: BlockMask) -> Any:
     return flex_attention(q, k, v, block_mask=blocks, enable_gqa=True)
+
+
+def eager_with_lse(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: BlockMask) -> tuple[Any, Any]:
+    options = {"BACKEND": OPTIONS["BACKEND"]}
+    found, aux = flex_attention(q, k, v, block_mask=blocks, kernel_options=options, return_aux=AuxRequest(lse=True))
+    return found.float(), aux.lse
+
+
+with_lse = torch.compile(eager_with_lse, fullgraph=True)
 
 
 @dataclass(frozen=True)
@@ -369,7 +378,7 @@ def main() -> None:
                     parts[f"{shape.name}, {name}"] = found
                     show(name, found)
             parts[f"{shape.name}, layout"] = layout_kernels(shape, 256 if smoke else 32768, chosen.rounds)
-            code = code_on(shape, of_any_length)
+            code = with_lse if device.type == "cuda" else eager_with_lse
             context = 64 if smoke else 131072
             parts[f"{shape.name}, decode"] = decode(shape, context, chosen.sp, chosen.rounds, decoding_mask, code)
             if not smoke or shape is shapes[0]:
@@ -385,11 +394,13 @@ def main() -> None:
         chosen.markdown.write_text(markdown(results))
 
 
-def decoding_mask(operands: list[torch.Tensor]) -> BlockMask:
-    """The block mask of new tokens over the keys of a rank."""
+def decoding_mask(operands: list[torch.Tensor], group: int, splits: int) -> BlockMask:
+    """The block mask of new tokens, once for each head of a group, over parts of the keys of a rank."""
     queries, keys = len(operands[0]), len(operands[-1])
     plan = flex.block_mask(operands[:-1], [], RULE, operands[-1], queries, keys)
-    return block_mask_of(plan.to(operands[-1].device), operands)
+    split = torch.from_numpy(flex.split_blocks(plan.numpy(), queries, group * queries, splits))
+    of_rows = [torch.cat([each] * group) if len(each) == queries and each.dim() == 2 else each for each in operands]
+    return block_mask_of(split.to(operands[-1].device), of_rows)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3Moe
 
 import sp_compile
 from sp_compile.hardware import load_hardware
+from sp_compile.kernels import flex
 from sp_compile.layout import token_layout
 from sp_compile.ops import merge_partials
+from sp_compile.passes.lower_attention import as_parts, merged_parts
 from sp_compile.planning import Planner
 
 Run = Callable[[], Any]
@@ -117,8 +119,8 @@ def layout_kernels(shape: Shape, tokens: int, rounds: int) -> dict[str, Any]:
 def decode(
     shape: Shape, context: int, sizes: list[int], rounds: int, mask: Callable[..., Any], code: Any
 ) -> dict[str, Any]:
-    """One new token of each request over the keys of the first and the last rank."""
-    q = shape.random(shape.heads, REQUESTS)
+    """One new token of each request over the keys of the first and the last rank, split as in compiled models."""
+    q, group = shape.random(shape.heads, REQUESTS), shape.heads // shape.kv_heads
     requests = torch.arange(REQUESTS, device=shape.device)
     found = {}
     for sp in sizes:
@@ -128,8 +130,9 @@ def decode(
             places = torch.arange(rank * held, (rank + 1) * held, device=shape.device).repeat(REQUESTS)
             ends = torch.full((REQUESTS, 1), context, device=shape.device)
             real = torch.ones_like(places, dtype=torch.bool)
-            blocks = mask([requests[:, None], requests.repeat_interleave(held)[None], places[None], ends, real])
-            run = _decoding(q, k, v, blocks, code)
+            splits = flex.split_count(group * REQUESTS, held * REQUESTS, shape.kv_heads)
+            operands = [requests[:, None], requests.repeat_interleave(held)[None], places[None], ends, real]
+            run = _decoding(q, k, v, mask(operands, group, splits), group, splits, code)
             wrong = difference(run(), _decoded(q, k, v))
             moved = k.nbytes + v.nbytes
             times = medians({"ours": run, "copy": copying(moved, shape.device)}, rounds)
@@ -137,13 +140,16 @@ def decode(
             found[f"sp={sp}, rank {rank}"] = figure(
                 times["copy"] / times["ours"], "bandwidth", wrong, bytes_per_second=rate
             )
-            del k, v, blocks, run
+            del k, v, run
     return found
 
 
-def _decoding(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: Any, code: Any) -> Run:
-    """The kernel that compiled models run over a rank's keys."""
-    return lambda: code(q, k, v, blocks)
+def _decoding(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: Any, group: int, splits: int, code: Any
+) -> Run:
+    """What compiled models run over a rank's keys."""
+    parts, merge = as_parts(q, group, splits), torch.compile(merged_parts, fullgraph=True)
+    return lambda: merge(*code(parts, k, v, blocks), REQUESTS)[0]
 
 
 def _decoded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

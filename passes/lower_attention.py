@@ -19,6 +19,7 @@ After::
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import getitem
@@ -30,10 +31,12 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from sp_compile import ops
 from sp_compile.invariants import KERNELS_LOWERED, LOCAL, PLANNED
+from sp_compile.kernels import flex
 from sp_compile.kernels.flex import BLOCK, arguments_of, rule_graph
 from sp_compile.kernels.plan import joined_with_valid
 from sp_compile.pipeline import Pass
-from sp_compile.program import Program
+from sp_compile.placements import Held
+from sp_compile.program import Program, placement
 from sp_compile.symbols import shape_of
 
 aten = torch.ops.aten
@@ -78,8 +81,54 @@ class _Lowering:
     def lower(self, node: fx.Node) -> None:
         """Replace one attention node; new nodes go in front of it."""
         args = ops.AttentionArgs(*node.args)
+        results = self._split(args) if self._splits(args) else self._flex(args, ops.attention_part(node, 1) is not None)
+        for i, value in enumerate(results):
+            part = ops.attention_part(node, i)
+            if part is not None:
+                part.replace_all_uses_with(value)
+
+    def _splits(self, args: ops.AttentionArgs) -> bool:
+        """Whether keys are split: those of a cache, whose queries are few and would leave most of a GPU idle.
+
+        FlexAttention without generated code does not look at blocks, and would see all keys in every part.
+        """
+        one_row = args.q.meta["val"].shape[0] == 1
+        on_card = self.program.compiled and not self._on_cpu(args)
+        return isinstance(placement(args.k), Held) and one_row and on_card and not args.empty_mean
+
+    def _split(self, args: ops.AttentionArgs) -> tuple[fx.Node, fx.Node]:
+        """Attention over parts of the keys, as rows of a batch, merged; heads of a group are queries of its keys' head.
+
+        Source: FlashDecoding, https://pytorch.org/blog/flash-decoding.
+        """
+        per_head = any(1 in _varying(each) for each in args.operands) or any(shape_of(x)[0] != 1 for x in args.tables)
+        heads, kv_heads = (each.meta["val"].shape[1] for each in (args.q, args.k))
+        group = 1 if per_head else heads // kv_heads
+        assert args.plan is not None
+        count, keys = (self._once(aten.sym_size.int, each, 0) for each in args.plan.args[-2:])  # the same in all layers
+        rows = self._once(operator.mul, count, group)
+        splits = self._once(flex.split_count, rows, keys, heads // group)
+        q = self._once(as_parts, args.q, group, splits)
+        q.meta["val"] = as_parts(args.q.meta["val"], group, 2)
+        plan = self._once(torch.ops.sp_compile.split_block_mask.default, args.plan, count, rows, splits)
+        operands = [self._repeated(each, group) for each in args.operands]
+        parts = self._flex(args._replace(q=q, plan=plan, operands=operands, partial=True), True)
+        merged = self._once(merged_parts, *parts, count)
+        out, lse = (self._once(getitem, merged, i) for i in range(2))
+        return out if args.partial else self._once(aten.to.dtype, out, args.q.meta["val"].dtype), lse
+
+    def _repeated(self, operand: fx.Node, group: int) -> fx.Node:
+        """An operand for the queries of all heads of a group."""
+        if group == 1 or 2 not in _varying(operand):
+            return operand
+        found = self._once(aten.cat.default, [operand] * group, -2)
+        found.meta["val"] = torch.cat([operand.meta["val"]] * group, -2)
+        return found
+
+    def _flex(self, args: ops.AttentionArgs, with_lse: bool) -> tuple[fx.Node, fx.Node]:
+        """Output and log-sum-exp by FlexAttention."""
         score, mask = (self._function(args, output) for output in ("score", "mask"))
-        tile, with_lse = _tile(args, self._on_cpu(args)), ops.attention_part(node, 1) is not None
+        tile = _tile(args, self._on_cpu(args))
         options = {**OPTIONS, **tile, "OUTPUT_LOGSUMEXP": with_lse or self.program.differentiable}
         # code for CPUs takes its inputs for tensors of four dims in memory, which views of products or gathers are not
         q, k, v = args.q, *(self._of_dtype(each, args.q.meta["val"].dtype) for each in (args.k, args.v))
@@ -98,10 +147,7 @@ class _Lowering:
             out = self.graph.call_function(torch.ops.sp_compile.fill_empty.default, (out, args.v, seen, args.valid))
         if args.partial:
             out = self.graph.call_function(aten.to.dtype, (out, torch.float32))
-        for i, value in enumerate((out, lse)):
-            part = ops.attention_part(node, i)
-            if part is not None:
-                part.replace_all_uses_with(value)
+        return out, lse
 
     def _function(self, args: ops.AttentionArgs, output: str) -> tuple[fx.Node, tuple[fx.Node, ...]]:
         """The mask or score function of a node, and what it captures."""
@@ -204,6 +250,19 @@ class _Lowering:
         if key not in self.made:
             self.made[key] = self.graph.call_function(target, args)
         return self.made[key]
+
+
+def as_parts(q: torch.Tensor, group: int, splits: int) -> torch.Tensor:
+    """Queries ``[1, H, Q, D]`` once for each part of the keys, ``[splits, H / group, group * Q, D]``."""
+    _, heads, queries, dim = q.shape
+    return q.reshape(1, heads // group, group * queries, dim).expand(splits, -1, -1, -1).contiguous()
+
+
+def merged_parts(out: torch.Tensor, lse: torch.Tensor, queries: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Parts ``[splits, G, group * Q, E]`` and ``[splits, G, group * Q]`` as ``[1, H, Q, E]`` and ``[1, H, Q]``."""
+    none = torch.zeros_like(out[:1]), torch.full_like(lse[:1], -torch.inf)
+    whole, total = ops.merge_partials(*none, out.unsqueeze(1), lse.unsqueeze(1))
+    return whole.reshape(1, -1, queries, out.shape[-1]), total.reshape(1, -1, queries)
 
 
 def _tile(args: ops.AttentionArgs, on_cpu: bool) -> dict[str, int]:

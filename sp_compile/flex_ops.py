@@ -44,6 +44,17 @@ def _(plan: torch.Tensor) -> torch.Tensor:
     return plan.new_empty(rows, keys - 1, kinds, 1 + queries)
 
 
+@torch.library.custom_op("sp_compile::split_block_mask", mutates_args=())
+def split_block_mask(plan: torch.Tensor, queries: int, rows: int, splits: int) -> torch.Tensor:
+    """As :func:`sp_compile.kernels.flex.split_blocks`."""
+    return torch.from_numpy(flex.split_blocks(plan.numpy(), queries, rows, splits))
+
+
+@split_block_mask.register_fake
+def _(plan: torch.Tensor, queries: int, rows: int, splits: int) -> torch.Tensor:
+    return plan.new_empty(splits, flex.blocks(rows), 2, 1 + (plan.shape[3] + splits - 2) // splits)
+
+
 @torch.library.custom_op("sp_compile::captured", mutates_args=())
 def captured(value: torch.Tensor, dims: Sequence[int], keys: int = -1) -> torch.Tensor:
     """A tensor for FlexAttention, reduced to these dims and in memory of its own: Inductor fuses nothing into it.

@@ -15,6 +15,7 @@ from sp_compile.kernels.regions import Region
 from sp_compile.score_rule import FUNCTIONS, call, needed
 
 BLOCK = 128  # queries and keys of a block, torch's default
+AT_ONCE = 256  # blocks of queries, two for each of a large GPU's processors
 KEYS = 16  # code for CPUs is wrong for less than a block of keys, of which 8 are more than a multiple of this
 OUTPUTS = {"mask": ("mask",), "score": ("score", "bias")}
 
@@ -48,6 +49,50 @@ def of_keys(listed: np.ndarray) -> np.ndarray:
     seen = np.zeros(which.shape, dtype=bool)
     np.put_along_axis(seen, which, np.arange(which.shape[-1]) < counts, axis=-1)
     return _listed(seen.transpose(0, 3, 2, 1))
+
+
+def split_blocks(listed: np.ndarray, queries: int, rows: int, splits: int) -> np.ndarray:
+    """The blocks of keys that each block of rows sees, dealt to splits in runs of about as many.
+
+    Args:
+        listed: from :func:`block_mask`, of one row of the batch.
+        queries: of which the rows are copies, one after another.
+
+    Returns:
+        int32 ``[splits, row blocks, 2, 1 + key blocks of a split]``, listed alike.
+    """
+    width = listed.shape[-1] - 1
+    inside = np.arange(width) < listed[0, ..., :1]
+    kinds = np.zeros((listed.shape[1], width), dtype=np.int8)
+    for kind in range(2):
+        named, at = np.nonzero(inside[:, kind])
+        kinds[named, listed[0, named, kind, 1 + at]] = kind + 1
+    touched = np.zeros((blocks(rows), len(kinds)), dtype=np.int64)
+    numbers = np.arange(rows)
+    touched[numbers // BLOCK, numbers % queries // BLOCK] = 1
+    every = touched @ (kinds == 2) == touched.sum(axis=1, keepdims=True)
+    of_rows = np.where(touched @ (kinds > 0) > 0, 1 + every, 0)
+    found = np.zeros((splits, len(of_rows), 2, 1 + -(-width // splits)), dtype=np.int32)
+    for block, own in enumerate(of_rows):
+        seen = np.flatnonzero(own)
+        of_split = np.arange(len(seen)) * splits // max(len(seen), 1)
+        for kind in range(2):
+            chosen = own[seen] == kind + 1
+            split, which = of_split[chosen], seen[chosen]
+            counts = np.bincount(split, minlength=splits)
+            place = np.arange(len(split)) - (np.cumsum(counts) - counts)[split]
+            found[:, block, kind, 0] = counts
+            found[split, block, kind, 1 + place] = which
+    return found
+
+
+def split_count(rows: int, keys: int, heads: int) -> Any:
+    """Into how many parts keys are split so that a GPU has enough to do: as many as it runs blocks of queries at once.
+
+    The sizes may be symbols.
+    """
+    of_queries = heads * ((rows + BLOCK - 1) // BLOCK)
+    return torch.sym_max(1, torch.sym_min(AT_ONCE // of_queries, (keys + BLOCK - 1) // BLOCK))
 
 
 def blocks(length: int) -> int:

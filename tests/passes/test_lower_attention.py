@@ -8,9 +8,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import transformers
 from torch import fx, nn
 from torch.nn.attention.flex_attention import create_block_mask
 
+import sp_compile
+from sp_compile import codegen
 from sp_compile.invariants import KERNELS_LOWERED
 from sp_compile.kernels import choice
 from sp_compile.kernels.flex import BLOCK, arguments_of, blocks, rule_graph
@@ -20,6 +23,9 @@ from sp_compile.ops import AttentionArgs
 from sp_compile.passes.lower_attention import LowerAttention
 from sp_compile.program import Program, lines
 from sp_compile.score_rule import DRAWS, FUNCTIONS, evaluate
+from sp_compile.symbols import shape_of
+from tests.local_graphs import local_programs
+from tests.models import llama
 from tests.passes.graphs import (
     LENGTHS,
     Ranks,
@@ -35,6 +41,7 @@ from tests.passes.graphs import (
 )
 from tests.passes.test_plan_attention import layers
 from tests.test_flex import Flex, alibi, causal, distances, documents, prefix, softcap
+from tests.test_generation import check_greedy, prompts
 
 SIZES = (2, 3, 5, 6)  # batch, heads, queries, keys
 
@@ -335,6 +342,53 @@ def test_ranks_compute_what_the_tiles_do(model: Any, sp: int):
         torch.testing.assert_close(found, right, atol=1e-5, rtol=1e-5)
         expected = model(**inputs) if isinstance(model, Flex) else model(None, **inputs)
         torch.testing.assert_close(found[0], [expected], atol=1e-5, rtol=1e-5)
+
+
+class ByBlocks(fx.Interpreter):
+    """Runs a graph whose FlexAttention sees the blocks that it is told, as generated code does, but not eager code."""
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is not torch.ops.higher_order.flex_attention:
+            return super().call_function(target, args, kwargs)
+        found = FlexArgs(*args)
+        partial, full = (listed_blocks(*found.blocks[i : i + 2]) for i in (2, 4))
+
+        def mask(b: Any, h: Any, q: Any, k: Any, *captured: Any) -> Any:
+            place = b, 0, q // BLOCK, k // BLOCK
+            return (found.mask(b, h, q, k, *captured[:-2]) & captured[-2][place]) | captured[-1][place]
+
+        read = (*found.mask_captured, partial, full)
+        return target(*found._replace(blocks=(*found.blocks[:-1], mask), mask_captured=read))
+
+
+def listed_blocks(counts: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
+    named = torch.arange(which.shape[-1]) < counts[..., None]
+    found = torch.zeros(*which.shape[:-1], 1 << 10, dtype=torch.bool)
+    return found.scatter(-1, torch.where(named, which, (1 << 10) - 1).long(), named)
+
+
+def bloom() -> Any:
+    config = transformers.BloomConfig(vocab_size=128, hidden_size=32, n_layer=1, n_head=4)
+    return transformers.BloomForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize(("build", "heads"), [(llama, 2), (bloom, 4)], ids=["grouped heads", "a bias of each head"])
+def test_keys_of_a_cache_are_split_on_a_gpu(build: Callable[[], Any], heads: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Program, "device_kind", lambda self, node: "cuda")
+    monkeypatch.setattr(codegen, "compile_graph", lambda gm, *_: ByBlocks(gm).run)
+    monkeypatch.setitem(choice.KERNELS, "flex", lambda need: None)
+    model, requests = build(), prompts((1, 17, 200))
+    parallel = sp_compile.parallelize(model, sp=1, kernel="flex")
+    options: dict[str, Any] = {"max_new_tokens": 4, "prefill_tokens": 150, "eos_token_id": -1}
+    found = sp_compile.generate(parallel, requests, logprobs=True, prompt_logprobs=True, **options)
+    assert check_greedy(model, requests, found) <= 1e-5
+    for program in local_programs(parallel):
+        split = calls(program, "as_parts")
+        assert len(split) == len(calls(program, "merged_parts"))
+        assert len(split) == (len(flexes(program)) // 2 if program.cached == "more" else 0)
+        assert len(calls(program, "sp_compile.split_block_mask")) == bool(split)
+        assert all(shape_of(each)[1] == heads for each in split)
+    assert "more" in {each.cached for each in local_programs(parallel)}
 
 
 def test_a_model_without_attention_is_left_alone():
