@@ -4,7 +4,7 @@ Requires: ``attention_planned``, ``local_shapes``.
 Establishes: ``kernels_lowered``.
 
 Per-token vectors are captured by the mask and score functions; the kernel skips blocks of keys by the block mask that
-was planned. Other kernels stay behind the ``attention`` op.
+was planned. On a GPU keys of a cache are split into parts, which are merged. Other kernels stay behind ``attention``.
 
 Before::
 
@@ -31,8 +31,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from sp_compile import ops
 from sp_compile.invariants import KERNELS_LOWERED, LOCAL, PLANNED
-from sp_compile.kernels import flex
-from sp_compile.kernels.flex import BLOCK, arguments_of, rule_graph
+from sp_compile.kernels.flex import BLOCK, arguments_of, rule_graph, split_count
 from sp_compile.kernels.plan import joined_with_valid
 from sp_compile.pipeline import Pass
 from sp_compile.placements import Held
@@ -107,7 +106,7 @@ class _Lowering:
         assert args.plan is not None
         count, keys = (self._once(aten.sym_size.int, each, 0) for each in args.plan.args[-2:])  # the same in all layers
         rows = self._once(operator.mul, count, group)
-        splits = self._once(flex.split_count, rows, keys, heads // group)
+        splits = self._once(split_count, rows, keys, heads // group)
         q = self._once(as_parts, args.q, group, splits)
         q.meta["val"] = as_parts(args.q.meta["val"], group, 2)
         plan = self._once(torch.ops.sp_compile.split_block_mask.default, args.plan, count, rows, splits)
