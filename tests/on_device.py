@@ -137,9 +137,9 @@ def assert_right(found: torch.Tensor, own: torch.Tensor, right: torch.Tensor, dt
     assert ours <= 2 * theirs, f"{case}: {ours} against {theirs}"
 
 
-def generate(device: str, codegen: str, new: int) -> float:
+def generate(device: str, codegen: str, new: int, lengths: Sequence[int] = (1, 2, 17, 200)) -> float:
     """The largest error of log-probabilities, where all tokens are those of each request alone."""
-    model, requests = llama(hidden_size=128), prompts((1, 2, 17, 200))
+    model, requests = llama(hidden_size=128), prompts(lengths)
     parallel = sp_compile.parallelize(llama(hidden_size=128).to(device), codegen=codegen)
     cache = sp_compile.ShardedCache(parallel, page_size=8)
     options: dict[str, Any] = {"max_new_tokens": new, "prefill_tokens": 150, "cache": cache, "eos_token_id": -1}
