@@ -4,9 +4,8 @@ Run ``python benchmarks/gpu.py`` on an otherwise idle GPU; ``--help`` shows what
 Llama-3-8B and Qwen3-30B-A3B: 32 query and 8 or 4 key/value heads of 128 dims, bf16. A rank's queries meet the keys that
 a strategy brings, in the order in which they come, under the block mask that is planned for them; the code is
 FlexAttention's for any length, as in compiled models. Beside each rank stand torch's kernels on one causal sequence
-with as many visible pairs of query and key,
-FlexAttention with code for that length alone. Times are those of CUDA events,
-medians of interleaved rounds.
+with as many visible pairs of query and key, FlexAttention with code for that length alone. Times are those of CUDA
+events, medians of interleaved rounds.
 """
 
 from __future__ import annotations

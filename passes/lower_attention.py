@@ -100,9 +100,8 @@ class _Lowering:
 
         Source: FlashDecoding, https://pytorch.org/blog/flash-decoding.
         """
-        per_head = any(1 in _varying(each) for each in args.operands) or any(shape_of(x)[0] != 1 for x in args.tables)
         heads, kv_heads = (each.meta["val"].shape[1] for each in (args.q, args.k))
-        group = 1 if per_head else heads // kv_heads
+        group = 1 if args.per_head else heads // kv_heads
         assert args.plan is not None
         count, keys = (self._once(aten.sym_size.int, each, 0) for each in args.plan.args[-2:])  # the same in all layers
         rows = self._once(operator.mul, count, group)

@@ -32,7 +32,7 @@ from sp_compile.placements import REPLICATE, Gathered, Heads, Held, RankLocal
 from sp_compile.program import Program, gathered_index, placement, source_line
 from sp_compile.rule_derivatives import underivable
 from sp_compile.score_rule import assigns
-from sp_compile.symbols import is_float, shape_of
+from sp_compile.symbols import is_float
 
 TILES = torch.ops.sp_compile.tile_plan.default
 PLANS = {"tiles": TILES, "fused": TILES, "flex": torch.ops.sp_compile.block_mask.default}
@@ -101,7 +101,7 @@ def _need(program: Program, node: fx.Node) -> Need:
         heads=int(q.shape[1]),
         kv_heads=int(args.k.meta["val"].shape[1]),
         empty_mean=args.empty_mean,
-        mask_per_head=any(map(_per_head, args.operands)) or any(shape_of(each)[0] != 1 for each in args.tables),
+        mask_per_head=args.per_head,
         changes_scores=assigns(args.rule, "score") or assigns(args.rule, "bias"),
         drops_weights=assigns(args.rule, "keep"),
         compiled=program.compiled,
@@ -109,11 +109,6 @@ def _need(program: Program, node: fx.Node) -> Need:
         learns_rule=program.differentiable and any(map(_learned, (*args.operands, *args.tables))),
         kept_dtype=v.dtype if v.dtype != q.dtype else None,
     )
-
-
-def _per_head(operand: fx.Node) -> bool:
-    sizes = shape_of(operand)
-    return len(sizes) >= 3 and sizes[-3] != 1
 
 
 def _check_derivatives(node: fx.Node) -> None:

@@ -21,6 +21,7 @@ from sp_compile.kernels import plan as plans
 from sp_compile.kernels.dense import accumulated
 from sp_compile.kernels.regions import as_tensor
 from sp_compile.kernels.runs import plan_within
+from sp_compile.symbols import shape_of
 
 
 def redistribute(value: torch.Tensor) -> torch.Tensor:
@@ -116,6 +117,14 @@ class AttentionArgs(NamedTuple):
     plan: fx.Node | None = None
     valid: fx.Node | None = None
     partial: bool = False
+
+    @property
+    def per_head(self) -> bool:
+        """Whether heads have operands or tables of their own."""
+        operands = [shape_of(each) for each in self.operands]
+        return any(len(each) >= 3 and each[-3] != 1 for each in operands) or any(
+            shape_of(each)[0] != 1 for each in self.tables
+        )
 
 
 def attention_part(node: fx.Node, i: int) -> fx.Node | None:

@@ -45,10 +45,7 @@ def block_mask(
 
 def of_keys(listed: np.ndarray) -> np.ndarray:
     """The blocks of queries that see each block of keys, for the backward, from :func:`block_mask`; listed alike."""
-    counts, which = listed[..., :1], listed[..., 1:]
-    seen = np.zeros(which.shape, dtype=bool)
-    np.put_along_axis(seen, which, np.arange(which.shape[-1]) < counts, axis=-1)
-    return _listed(seen.transpose(0, 3, 2, 1))
+    return _listed(_flags(listed).transpose(0, 3, 2, 1))
 
 
 def split_blocks(listed: np.ndarray, queries: int, rows: int, splits: int) -> np.ndarray:
@@ -61,18 +58,13 @@ def split_blocks(listed: np.ndarray, queries: int, rows: int, splits: int) -> np
     Returns:
         int32 ``[splits, row blocks, 2, 1 + key blocks of a split]``, listed alike.
     """
-    width = listed.shape[-1] - 1
-    inside = np.arange(width) < listed[0, ..., :1]
-    kinds = np.zeros((listed.shape[1], width), dtype=np.int8)
-    for kind in range(2):
-        named, at = np.nonzero(inside[:, kind])
-        kinds[named, listed[0, named, kind, 1 + at]] = kind + 1
-    touched = np.zeros((blocks(rows), len(kinds)), dtype=np.int64)
+    partial, full = _flags(listed[0]).swapaxes(0, 1)
+    touched = np.zeros((blocks(rows), len(full)), dtype=np.int64)
     numbers = np.arange(rows)
     touched[numbers // BLOCK, numbers % queries // BLOCK] = 1
-    every = touched @ (kinds == 2) == touched.sum(axis=1, keepdims=True)
-    of_rows = np.where(touched @ (kinds > 0) > 0, 1 + every, 0)
-    found = np.zeros((splits, len(of_rows), 2, 1 + -(-width // splits)), dtype=np.int32)
+    every = touched @ full == touched.sum(axis=1, keepdims=True)
+    of_rows = np.where(touched @ (partial | full) > 0, 1 + every, 0)
+    found = np.zeros((splits, len(of_rows), 2, 1 + -(-full.shape[1] // splits)), dtype=np.int32)
     for block, own in enumerate(of_rows):
         seen = np.flatnonzero(own)
         of_split = np.arange(len(seen)) * splits // max(len(seen), 1)
@@ -121,6 +113,14 @@ def _mark(kinds: np.ndarray, region: Region, queries: int, keys: int) -> None:
     part[reached] = np.maximum(part[reached], 1)
     if not region.masked:
         part[filled] = 2
+
+
+def _flags(listed: np.ndarray) -> np.ndarray:
+    """Which blocks a list names; the inverse of :func:`_listed`."""
+    counts, which = listed[..., :1], listed[..., 1:]
+    found = np.zeros(which.shape, dtype=bool)
+    np.put_along_axis(found, which, np.arange(which.shape[-1]) < counts, axis=-1)
+    return found
 
 
 def _listed(flags: np.ndarray) -> np.ndarray:
