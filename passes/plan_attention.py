@@ -31,8 +31,8 @@ from sp_compile.pipeline import Pass
 from sp_compile.placements import REPLICATE, Gathered, Heads, Held, RankLocal
 from sp_compile.program import Program, gathered_index, placement, source_line
 from sp_compile.rule_derivatives import underivable
-from sp_compile.score_rule import assigns
-from sp_compile.symbols import is_float
+from sp_compile.score_rule import assigns, needed
+from sp_compile.symbols import is_float, shape_of
 
 TILES = torch.ops.sp_compile.tile_plan.default
 PLANS = {"tiles": TILES, "fused": TILES, "flex": torch.ops.sp_compile.block_mask.default}
@@ -108,7 +108,18 @@ def _need(program: Program, node: fx.Node) -> Need:
         differentiable=program.differentiable,
         learns_rule=program.differentiable and any(map(_learned, (*args.operands, *args.tables))),
         kept_dtype=v.dtype if v.dtype != q.dtype else None,
+        steps=program.cached == "more",
+        short=program.short,
+        irregular=_irregular(args),
     )
+
+
+def _irregular(args: ops.AttentionArgs) -> bool:
+    """Whether a mask is read by pairs of query and key, or looked up, and not made of vectors of each."""
+    read = {item for each in needed(args.rule, ("mask",)) for item in each.arguments if isinstance(item, str)}
+    sizes = [shape_of(each) for i, each in enumerate(args.operands) if f"x{i}" in read]
+    by_pair = any(len(each) >= 2 and each[-1] != 1 and each[-2] != 1 for each in sizes)
+    return by_pair or any(f"table{i}" in read for i in range(len(args.tables)))
 
 
 def _check_derivatives(node: fx.Node) -> None:
@@ -154,7 +165,9 @@ def _plan(program: Program, node: fx.Node, args: ops.AttentionArgs) -> fx.Node:
     rows = [program.index_input(name) for name in _rows(program, args)]
     with program.graph.inserting_before(node):
         plan = program.graph.call_function(
-            PLANS[args.kernel], (args.operands, args.tables, args.rule, args.valid, *rows)
+            PLANS[args.kernel],
+            (args.operands, args.tables, args.rule, args.valid, *rows),
+            {"boxes": False} if args.kernel == "fused" else {},  # whose calls hold many small regions
         )
     plan.meta["placement"] = RankLocal(plan.name) if program.parallel else REPLICATE
     return plan

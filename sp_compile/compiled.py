@@ -32,7 +32,8 @@ class Kind(NamedTuple):
     """What sets the programs of one captured graph apart.
 
     Attributes:
-        isolated, cached, cache_dtype, outputs, counted, strategies: as in :class:`~sp_compile.program.Program`.
+        isolated, cached, cache_dtype, outputs, counted, short, strategies: as in
+            :class:`~sp_compile.program.Program`.
     """
 
     isolated: bool = False
@@ -40,6 +41,7 @@ class Kind(NamedTuple):
     cache_dtype: torch.dtype | None = None
     outputs: str = "full"
     counted: bool = False
+    short: bool = False
     strategies: tuple[str, ...] = ()
 
 
@@ -58,7 +60,7 @@ class Step:
         cached: as in :class:`~sp_compile.program.Program`; the layout then is that of the new tokens.
         rows: tokens of each request, those of earlier calls included; None for the layout's.
         held, windows: the tensors of the cache on this rank, and how far back each is seen.
-        cache_dtype, outputs, counted, strategies: as in :class:`~sp_compile.program.Program`.
+        cache_dtype, outputs, counted, short, strategies: as in :class:`~sp_compile.program.Program`.
         asked: gives the strategies that are asked for so many attentions, where some are ``auto``.
     """
 
@@ -73,6 +75,7 @@ class Step:
     cache_dtype: torch.dtype | None = None
     outputs: str = "full"
     counted: bool = False
+    short: bool = False
     strategies: tuple[str, ...] = ()
     asked: Callable[[int], Sequence[str]] | None = None
 
@@ -89,7 +92,7 @@ class Step:
     @property
     def kind(self) -> Kind:
         """What program of a graph the step runs."""
-        return Kind(self.isolated, self.cached, self.cache_dtype, self.outputs, self.counted, self.strategies)
+        return Kind(*(getattr(self, each) for each in Kind._fields))
 
     def sizes(self) -> dict[str, int]:
         """True values of the sizes that are symbols."""

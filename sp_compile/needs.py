@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from sp_compile.kernels.pieces import SMALL
 from sp_compile.kernels.regions import BOX
 from sp_compile.layout import TokenLayout
 
@@ -148,6 +149,15 @@ def seen_parts(layout: TokenLayout, reach: Reach, apart: bool) -> tuple[float, .
             parts += float(shares[np.unique(of_run[some])].sum())
         found.append(parts)
     return tuple(found)
+
+
+@lru_cache(maxsize=64)
+def short_runs(layout: TokenLayout) -> bool:
+    """Whether rows of a rank that follow one another in a request are few, on average over ranks."""
+    request = np.repeat(np.arange(len(layout.lengths)), layout.lengths)
+    rows = [rows_of(layout, rank) for rank in range(layout.sp)]
+    runs = sum(len(_run_begins(each, request[each])) for each in rows)
+    return layout.tokens < SMALL * runs
 
 
 @lru_cache(maxsize=64)

@@ -189,15 +189,16 @@ def tile_plan(
     q_rows: torch.Tensor,
     k_rows: torch.Tensor,
     runs: torch.Tensor | None = None,
+    boxes: bool = True,
 ) -> torch.Tensor:
     """Regions of the scores to compute, int64 ``[regions, 8]``; see :func:`sp_compile.kernels.plan.plan_regions`.
 
     ``q_rows`` and ``k_rows`` are numbers of the rows that are queries and keys; only how many there are is used.
-    ``runs`` are ranges outside of which no query sees a key, int64 ``[runs, 4]``.
+    ``runs`` are ranges outside of which no query sees a key, int64 ``[runs, 4]``; ``boxes`` is as there.
     """
     if runs is not None:
-        return as_tensor(plan_within(runs.tolist(), operands, tables, rule, valid))
-    return as_tensor(plans.plan_regions(operands, tables, rule, valid, q_rows.numel(), k_rows.numel()))
+        return as_tensor(plan_within(runs.tolist(), operands, tables, rule, valid, boxes))
+    return as_tensor(plans.plan_regions(operands, tables, rule, valid, q_rows.numel(), k_rows.numel(), boxes))
 
 
 @tile_plan.register_fake

@@ -55,6 +55,7 @@ class Program:
         outputs: ``full``, ``sharded`` or ``loss``.
         isolated: made for packed batches that the model itself would mix.
         counted: requests are apart, and ``position_ids`` count the tokens of each.
+        short: rows of a rank that follow one another are few, so that its scores are many small parts.
         strategies: those of each attention that suit the batch, where the pipeline says ``auto``.
         cached: keys and values are kept for later calls (``first``), and those of earlier calls seen too: where they
             are (``more``), or of some requests where the new tokens are (``mixed``).
@@ -84,6 +85,7 @@ class Program:
     outputs: str = "full"
     isolated: bool = False
     counted: bool = False
+    short: bool = False
     strategies: tuple[str, ...] = ()
     cached: str = ""
     cache_dtype: torch.dtype | None = None

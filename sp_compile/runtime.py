@@ -43,7 +43,9 @@ from sp_compile.inputs import (
 )
 from sp_compile.layout import PAIRS_PER_FEATURE, TokenLayout, choose_scheme, token_layout
 from sp_compile.mesh import Group
+from sp_compile.needs import short_runs
 from sp_compile.passes.minimize_communication import MinimizeCommunication
+from sp_compile.passes.plan_attention import PlanAttention
 from sp_compile.passes.shard_attention import ShardAttention
 from sp_compile.pipeline import Pass, PassStep, build_pipeline, run_pipeline
 from sp_compile.program import Program
@@ -275,7 +277,7 @@ class ParallelModule(nn.Module):
             raise CacheError("the pipeline has no shard_cache; add it behind shard_attention to run with a cache")
         program = self._at(captured.program(self.group.size, self.group.name, kind.outputs))
         program.isolated, program.cached, program.cache_dtype = kind.isolated, kind.cached, kind.cache_dtype
-        program.counted, program.strategies = kind.counted, kind.strategies
+        program.counted, program.short, program.strategies = kind.counted, kind.short, kind.strategies
         program.hints, program.device = hints or {}, self._code_for
         program.compiled = self.compile_config.codegen == "inductor"
         steps = run_pipeline(program, self.pipeline, self.compile_config.verify_passes, trace)
@@ -364,6 +366,12 @@ class ParallelModule(nn.Module):
         chooses = next((each for each in strategies if each.chooses and self.group.size > 1), None)
         return replace(step, counted=counted, asked=None if chooses is None else chooses.asked)
 
+    def _tells_short(self, step: Step) -> bool:
+        """Whether batches of short runs may be computed by another kernel than others."""
+        kernels = (each.kernel for each in self.pipeline if isinstance(each, PlanAttention))
+        on_gpu = (self._code_for or device_of(self.module).type) == "cuda"
+        return on_gpu and step.cached != "more" and self.compile_config.codegen == "inductor" and "auto" in kernels
+
     def _promised(self, named: Mapping[str, torch.Tensor], layout: TokenLayout) -> bool:
         """Whether the requests of the batch must be kept apart."""
         return len(layout.lengths) > 1 and (from_pack(named.values()) or self._isolates == "all")
@@ -390,7 +398,7 @@ class ParallelModule(nn.Module):
 
     def _run_step(self, args: Sequence[Any], kwargs: Mapping[str, Any], step: Step) -> Any:
         install_output_hooks(self.module, kwargs)
-        self._step = step
+        self._step = step = replace(step, short=self._tells_short(step) and short_runs(step.layout))
         if self._explained is not None:
             tensors = {name: each for name, each in kwargs.items() if isinstance(each, torch.Tensor)}
             device = self._device(tensors)

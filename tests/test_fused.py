@@ -18,16 +18,19 @@ import torch
 
 import sp_compile
 from sp_compile.errors import KernelError
-from sp_compile.kernels import Saved, attend, fused, gradients, rates
-from sp_compile.kernels.fused import CAUSAL, EVERYTHING, Window, windowed
-from sp_compile.kernels.rates import Rate, Shape
-from sp_compile.kernels.regions import UNBOUNDED, Region
+from sp_compile.kernels import Saved, attend, calls, fused, gradients, rates
+from sp_compile.kernels.fused import CAUSAL, EVERYTHING, Lengths, Window
+from sp_compile.kernels.plan import plan_regions
+from sp_compile.kernels.rates import PACKED, Rate, Shape
+from sp_compile.kernels.regions import as_tensor
+from sp_compile.layout import token_layout
 from sp_compile.score_rule import evaluate
 from tests import training
 from tests.local_graphs import kernels_of
 from tests.ranks import RankPool
-from tests.test_kernels import dense, inputs, masks
+from tests.test_kernels import DOCUMENTS, WINDOW, dense, documents, inputs, masks
 
+WINDOWED = f"{WINDOW}; t3 = eq(x3, x2); t4 = copy(mask); mask = and(t4, t3)"
 CPU = torch.device("cpu")
 
 
@@ -37,9 +40,26 @@ def seen_by(window: Window, queries: int, keys: int) -> torch.Tensor:
     return (ahead >= -left) & (ahead <= right)
 
 
+def rectangles(lengths: tuple[Any, ...], *of_queries_and_keys: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """Packed rows ``[rows, ...]`` of queries, and of keys, cut into their rectangles, as rows of a batch of one."""
+    cum_q, cum_k, max_q, max_k = lengths
+    assert cum_q.dtype == cum_k.dtype == torch.int32
+    sizes = cum_q.diff().tolist(), cum_k.diff().tolist()
+    assert (max(sizes[0]), max(sizes[1])) == (max_q, max_k)
+    cut = [[part[None] for part in each.split(size)]
+           for tensors, size in zip(of_queries_and_keys, sizes, strict=True) for each in tensors]  # fmt: skip
+    return [list(each) for each in zip(*cut, strict=True)]
+
+
 def flash_forward(q: Any, k: Any, v: Any, cum_q: Any, cum_k: Any, max_q: int, max_k: int, drop: float, causal: bool,
                   debug: bool, *, scale: float, window_size_left: int, window_size_right: int) -> Any:  # fmt: skip
-    assert (cum_q, cum_k, drop, debug) == (None, None, 0.0, False)
+    more = {"scale": scale, "window_size_left": window_size_left, "window_size_right": window_size_right}
+    if cum_q is not None:
+        parts = [flash_forward(*each, None, None, each[0].shape[1], each[1].shape[1], drop, causal, debug, **more)
+                 for each in rectangles((cum_q, cum_k, max_q, max_k), [q], [k, v])]  # fmt: skip
+        out, lse = torch.cat([each[0][0] for each in parts]), torch.cat([each[1][0] for each in parts], dim=1)
+        return out, lse, None, None, None
+    assert (cum_k, drop, debug) == (None, 0.0, False)
     assert (q.shape[1], k.shape[1]) == (max_q, max_k)
     assert q.shape[-1] % 8 == 0
     assert q.shape[-1] == k.shape[-1] == v.shape[-1] <= 256
@@ -65,6 +85,16 @@ def from_lse(q: Any, k: Any, v: Any, out: Any, lse: Any, grad: Any, scale: float
 def flash_backward(grad: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, cum_q: Any, cum_k: Any, max_q: int,
                    max_k: int, drop: float, causal: bool, state: Any, unused: Any, *, scale: float,
                    window_size_left: int, window_size_right: int) -> Any:  # fmt: skip
+    more = {"scale": scale, "window_size_left": window_size_left, "window_size_right": window_size_right}
+    if cum_q is not None:
+        parts = []
+        for of_grad, own, of_out, of_lse, *kv in rectangles(
+            (cum_q, cum_k, max_q, max_k), [grad, q, out, lse.T], [k, v]
+        ):
+            sizes = own.shape[1], kv[0].shape[1]
+            parts.append(flash_backward(of_grad, own, *kv, of_out, of_lse.transpose(1, 2), None, None, *sizes, drop,
+                                        causal, state, unused, **more))  # fmt: skip
+        return tuple(torch.cat([each[i][0] for each in parts]) for i in range(3))
     seen = seen_by(Window(window_size_left, 0 if causal else window_size_right), max_q, max_k)
     rows = (each.transpose(1, 2) for each in (q, k, v, out))
     found = from_lse(*rows, lse, grad.transpose(1, 2), scale, seen)
@@ -94,49 +124,44 @@ STAND_INS = SimpleNamespace(
 )
 
 
-@pytest.fixture
-def on_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """Kernels by stand-ins, measured for short sequences, and rates in a folder of the test."""
-    monkeypatch.setattr(fused, "aten", STAND_INS)
-    monkeypatch.setenv(rates.FOLDER, str(tmp_path))
-    monkeypatch.setattr(rates, "SHORT", 8)
-    monkeypatch.setattr(rates, "LONG", 64)
-    monkeypatch.setattr(rates, "PLANNED", 0)
+def forget() -> None:
+    """What was measured, and the calls that were made."""
     rates.measured.cache_clear()
+    rates._flex.cache_clear()
+    calls._calls_of.cache_clear()
+
+
+def pretend(patched: pytest.MonkeyPatch, folder: str, planned: int) -> None:
+    """Kernels by stand-ins, measured for short sequences; regions of so many pairs are calls of their own."""
+    patched.setattr(fused, "aten", STAND_INS)
+    patched.setattr(fused, "PLANNED", planned)
+    patched.setenv(rates.FOLDER, folder)
+    for name, value in (("SHORT", 8), ("LONG", 64)):
+        patched.setattr(rates, name, value)
+    forget()
+
+
+@pytest.fixture(params=[0, 500, 1 << 24], ids="calls of {} pairs".format)
+def on_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, request: pytest.FixtureRequest):
+    """Kernels by stand-ins, rates in a folder of the test; all, some or no regions are calls of their own."""
+    pretend(monkeypatch, str(tmp_path), request.param)
     yield tmp_path
-    rates.measured.cache_clear()
+    forget()
 
 
-def preferring(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """As :func:`on_gpu`, with every region a call of its own."""
+    pretend(monkeypatch, str(tmp_path), 0)
+    yield tmp_path
+    forget()
+
+
+def preferring(monkeypatch: pytest.MonkeyPatch, name: str, packing: bool = True) -> None:
     """Have one kernel be the fastest wherever it can be used."""
     known = {each: Rate(call=float(each != name)) for each in fused.KERNELS}
+    known[PACKED] = Rate(refused="" if packing else "not here")
     monkeypatch.setattr(rates, "measured", lru_cache(lambda shape, device: known))
-
-
-# windows
-
-
-@pytest.mark.parametrize("seed", range(200))
-def test_a_band_is_a_window_of_its_corner(seed: int):
-    draw = torch.Generator().manual_seed(seed)
-
-    def number(low: int, high: int) -> int:
-        return int(torch.randint(low, high, (), generator=draw))
-
-    rows, columns = number(1, 12), number(1, 12)
-    low = number(-14, 14) if number(0, 4) else -UNBOUNDED
-    high = max(low, -14) + number(0, 14) if number(0, 4) else UNBOUNDED
-    region = Region(-1, 3, 3 + rows, 5, 5 + columns, low, high)
-    ahead = torch.arange(columns)[None, :] - torch.arange(rows)[:, None]
-    right = (ahead >= low) & (ahead <= high)
-    found, cut = torch.zeros(rows, columns, dtype=torch.bool), windowed(region)
-    if cut is not None:
-        box, window = cut
-        part = seen_by(window, box.q_end - box.q_start, box.k_end - box.k_start)
-        assert part.any(dim=1).all()
-        assert part.any(dim=0).all()
-        found[box.q_start - 3 : box.q_end - 3, box.k_start - 5 : box.k_end - 5] = part
-    assert torch.equal(found, right)
 
 
 # against the definition
@@ -153,6 +178,43 @@ def test_masks(on_gpu: Path, monkeypatch: pytest.MonkeyPatch, mask: str, queries
     found = attend("fused", q, k, v, operands, [], rule, 0.3, None, None)
     for each, right in zip(found, dense(q, k, v, allowed), strict=True):
         torch.testing.assert_close(each.double(), right, rtol=5e-6, atol=5e-6)
+
+
+LAYOUTS = [((700,), 1), ((700,), 4), ((130, 41, 260, 3, 64), 1), ((130, 41, 260, 3, 64), 2), ((30,) * 20, 4), ((5,), 3)]
+
+
+@pytest.mark.parametrize("packing", [True, False], ids="packing {}".format)
+@pytest.mark.parametrize("rule", [DOCUMENTS, WINDOWED], ids=["causal", "window"])
+@pytest.mark.parametrize(("lengths", "sp"), LAYOUTS, ids=str)
+def test_ranks_of_a_layout(
+    on_gpu: Path, monkeypatch: pytest.MonkeyPatch, lengths: tuple[int, ...], sp: int, rule: str, packing: bool
+):
+    preferring(monkeypatch, "flash", packing)
+    q, k, v = inputs(heads=4, groups=2, queries=sum(lengths), widths=(8, 8))
+    operands = documents([*lengths])
+    right = dense(q, k, v, evaluate(rule, operands, ("mask",))["mask"])
+    layout = token_layout(lengths, sp)
+    keys, valid, wanted = layout.local_index.reshape(-1), layout.valid.reshape(-1), torch.randn_like(q)
+    grads = [torch.zeros_like(each, dtype=torch.float32) for each in (q, k, v)]
+    q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
+    expected = torch.autograd.grad(dense(q, k, v, evaluate(rule, operands, ("mask",))["mask"])[0], (q, k, v), wanted)
+    with torch.no_grad():
+        for rank in range(sp):
+            rows = layout.local_index[rank]
+            own = [operands[0][rows], operands[1][:, keys], operands[2][rows], operands[3][:, keys]]
+            plan = as_tensor(plan_regions(own, [], rule, valid, len(rows), len(keys), boxes=False))
+            parts = q[:, :, rows], k[:, :, keys], v[:, :, keys]
+            out, lse = attend("fused", *parts, own, [], rule, 0.3, plan, valid)
+            real = layout.valid[rank]
+            for each, other in zip((out, lse), right, strict=True):
+                torch.testing.assert_close(each[:, :, real].double(), other[:, :, rows[real]], rtol=5e-6, atol=5e-6)
+            grad = torch.where(real[:, None], wanted[:, :, rows].float(), 0.0)
+            saved = Saved(*parts, out, lse, grad, None)
+            found, _ = gradients("fused", saved, own, [], rule, 0.3, plan, valid, ())
+            for whole, each, at, there in zip(grads, found, (rows, keys, keys), (real, valid, valid), strict=True):
+                whole.index_add_(2, at[there], each[:, :, there].float())
+    for each, other in zip(grads, expected, strict=True):
+        torch.testing.assert_close(each, other, rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("kernel", fused.KERNELS)
@@ -192,18 +254,18 @@ def test_rows_of_a_batch_with_masks_of_their_own_and_keys_that_do_not_exist(on_g
 SHAPE = Shape(4, 2, 16, 16, "bfloat16", True)
 
 
-def test_rates_are_measured_once_and_kept_on_disk(on_gpu: Path, monkeypatch: pytest.MonkeyPatch):
+def test_rates_are_measured_once_and_kept_on_disk(alone: Path, monkeypatch: pytest.MonkeyPatch):
     found = rates.measured(SHAPE, CPU)
-    assert {*found} == {"flash", "cudnn"}
+    assert {*found} == {"flash", "cudnn", PACKED}
     assert all(each.pair > 0 and not each.refused for each in found.values())
-    (file,) = on_gpu.rglob("*.json")
-    assert json.loads(file.read_text())["flash"]["pair"] == found["flash"].pair
+    kept = {each.stem: json.loads(each.read_text()) for each in alone.rglob("*.json")}
+    assert {name: each["pair"] for name, each in kept.items()} == {name: each.pair for name, each in found.items()}
     rates.measured.cache_clear()
     monkeypatch.setattr(rates, "_measure", lambda *_: pytest.fail("it was measured before"))
     assert rates.measured(SHAPE, CPU) == found
 
 
-def test_a_kernel_that_is_wrong_or_missing_is_passed_over(on_gpu: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_kernel_that_is_wrong_or_missing_is_passed_over(alone: Path, monkeypatch: pytest.MonkeyPatch):
     def from_the_wrong_corner(*args: Any, **more: Any) -> Any:
         return cudnn_forward(*args[:6], False, **more)
 
@@ -216,7 +278,7 @@ def test_a_kernel_that_is_wrong_or_missing_is_passed_over(on_gpu: Path, monkeypa
     assert rates.fastest(SHAPE, EVERYTHING, 9000, 9000, CPU) == "flash"
     assert rates.refused(SHAPE, CPU) is None
     rates.measured.cache_clear()
-    for each in on_gpu.rglob("*.json"):
+    for each in alone.rglob("*.json"):
         each.unlink()
     monkeypatch.setattr(fused, "aten", SimpleNamespace(**{**vars(STAND_INS), "_flash_attention_forward": missing}))
     assert rates.refused(SHAPE, CPU) == "torch's flash attention does not run here: no kernel image"
@@ -224,10 +286,46 @@ def test_a_kernel_that_is_wrong_or_missing_is_passed_over(on_gpu: Path, monkeypa
         rates.fastest(SHAPE, Window(3, 0), 100, 100, CPU)
 
 
-def test_the_faster_kernel_is_taken_where_it_can_be(on_gpu: Path, monkeypatch: pytest.MonkeyPatch):
-    known = {"cudnn": Rate(1.0, 1e-3), "flash": Rate(0.1, 2e-3)}
+def test_packing_that_is_wrong_is_passed_over(alone: Path, monkeypatch: pytest.MonkeyPatch):
+    def only_the_first(*args: Any, **more: Any) -> Any:
+        out, lse, *rest = flash_forward(*args, **more)
+        if args[3] is not None:
+            out[args[3][1] :] = 0.0
+        return out, lse, *rest
+
+    assert rates.packs(SHAPE, CPU)
+    forget()
+    for each in alone.rglob("*.json"):
+        each.unlink()
+    monkeypatch.setattr(fused, "aten", SimpleNamespace(**{**vars(STAND_INS), "_flash_attention_forward":
+                                                          only_the_first}))  # fmt: skip
+    assert not rates.packs(SHAPE, CPU)
+    assert rates.refused(SHAPE, CPU) is None
+
+
+@pytest.mark.parametrize(("pair", "refused", "faster"), [(3e-3, "", True), (1e-3, "", False), (0.0, "no code", True)])
+def test_fused_kernels_beat_generated_code_by_what_is_measured(
+    alone: Path, monkeypatch: pytest.MonkeyPatch, pair: float, refused: str, faster: bool
+):
+    known = {"cudnn": Rate(1.0, 2e-3), "flash": Rate(0.1, 4e-3), PACKED: Rate(0.0, 0.0, "not here")}
     monkeypatch.setattr(rates, "measured", lru_cache(lambda *_: known))
-    monkeypatch.setattr(rates, "PLANNED", 10)
+    monkeypatch.setattr(rates, "_measure_flex", lambda *_: Rate(0.0, pair, refused))
+    assert rates.beats_flex(SHAPE, CPU) == faster
+
+
+def test_generated_code_is_timed_for_any_length(alone: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(rates, "flex_attention", lambda q, k, v, **_: torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, enable_gqa=True))  # fmt: skip
+    found = rates._flex(Shape(4, 2, 16, 16, "float32", False), CPU)
+    assert not found.refused
+    assert found.call + found.pair > 0
+    assert [each.stem for each in alone.rglob("*.json")] == ["FlexAttention"]
+
+
+def test_the_faster_kernel_is_taken_where_it_can_be(alone: Path, monkeypatch: pytest.MonkeyPatch):
+    known = {"cudnn": Rate(1.0, 1e-3), "flash": Rate(0.1, 2e-3), PACKED: Rate(0.0, 0.0)}
+    monkeypatch.setattr(rates, "measured", lru_cache(lambda *_: known))
+    monkeypatch.setattr(fused, "PLANNED", 10)
     cases = {(EVERYTHING, 100, 100): "cudnn", (EVERYTHING, 2, 4): "flash", (EVERYTHING, 20, 20): "flash",
              (CAUSAL, 100, 100): "cudnn", (CAUSAL, 100, 101): "flash", (Window(5, 0), 100, 100): "flash"}  # fmt: skip
     for (window, queries, keys), name in cases.items():
@@ -248,18 +346,26 @@ def test_torch_takes_the_calls_for_a_gpu(kernel: str):
         assert [each.shape for each in found] == [q.shape, k.shape, v.shape]
 
 
+def test_torch_takes_packed_calls_for_a_gpu():
+    with torch.device("meta"):
+        q, grad = (torch.empty(300, 8, dim, dtype=torch.bfloat16) for dim in (20, 12))
+        k, v = (torch.empty(500, 2, dim, dtype=torch.bfloat16) for dim in (20, 12))
+        lengths = Lengths(*(torch.empty(4, dtype=torch.int32) for _ in range(2)), 130, 200)
+        out, lse = fused.attend_packed(q, k, v, lengths, 0.3, CAUSAL)
+        assert (out.shape, lse.shape, lse.dtype) == ((300, 8, 12), (8, 300), torch.float32)
+        found = fused.attend_packed_backward((q, k, v), out, lse, grad, lengths, 0.3, CAUSAL)
+        assert [each.shape for each in found] == [q.shape, k.shape, v.shape]
+
+
 # whole models
 
 
-def trained_by_fused_kernels(folder: str, **options: Any) -> tuple[float, set[str]]:
+def trained_by_fused_kernels(folder: str, planned: int, **options: Any) -> tuple[float, set[str]]:
     """How far loss and gradients of ragged steps are from those of the unsharded model, and the kernels that ran."""
     worst = 0.0
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(fused, "aten", STAND_INS)
+        pretend(patched, folder, planned)
         patched.setattr(fused, "serves", lambda *_: None)
-        patched.setenv(rates.FOLDER, folder)
-        for name, value in (("SHORT", 8), ("LONG", 64), ("PLANNED", 0)):
-            patched.setattr(rates, name, value)
         own, other = (training.built("Mistral", sliding_window=20) for _ in range(2))
         parallel = sp_compile.parallelize(own, kernel="fused", codegen="eager", **options)
         for shape in ((1, 57), (2, 33), (1, 2)):
@@ -268,8 +374,10 @@ def trained_by_fused_kernels(folder: str, **options: Any) -> tuple[float, set[st
         return worst, kernels_of(parallel)
 
 
-@pytest.mark.parametrize("attention", ["allgather_kv", "fetch", "ulysses"])
-def test_a_model_trains_by_fused_kernels_on_two_ranks(ranks: Callable[[int], RankPool], tmp_path: Path, attention: str):
-    for apart, used in ranks(2).run(trained_by_fused_kernels, str(tmp_path), attention=attention):
+@pytest.mark.parametrize(("attention", "planned"), [("allgather_kv", 1 << 24), ("fetch", 1 << 24), ("ulysses", 0)])
+def test_a_model_trains_by_fused_kernels_on_two_ranks(
+    ranks: Callable[[int], RankPool], tmp_path: Path, attention: str, planned: int
+):
+    for apart, used in ranks(2).run(trained_by_fused_kernels, str(tmp_path), planned, attention=attention):
         assert apart <= 1e-4
         assert used == {"fused"}

@@ -121,25 +121,36 @@ def test_a_model_that_trains_is_shown_as_it_trains():
 HEAD_DIM = 16  # a GPU's FlexAttention takes no smaller
 
 
-@pytest.mark.parametrize(
-    ("strategy", "train"), [("allgather_kv", False), ("fetch", False), ("ulysses", False), ("allgather_kv", True)]
-)
-def test_the_graph_for_a_gpu_has_block_masks_and_nothing_of_the_whole_sequence_but_keys(strategy: str, train: bool):
-    """No device is needed: shapes are those of the local graph on the meta device."""
+def for_a_gpu(train: bool) -> Any:
+    """A model without memory, in bf16."""
     torch._dynamo.reset()
     sizes = {**SIZES, "hidden_size": 6 * HEAD_DIM, "head_dim": HEAD_DIM}
     with torch.device("meta"):
         config = transformers.LlamaConfig(num_hidden_layers=2, **sizes)
-        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").train(train)
+        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    return model.train(train).bfloat16()
+
+
+@pytest.mark.parametrize(
+    ("strategy", "train", "kernel"),
+    [("allgather_kv", False, "flex"), ("fetch", False, "flex"), ("ulysses", False, "flex"),
+     ("allgather_kv", True, "flex"), ("allgather_kv", False, "fused"), ("fetch", True, "fused")],
+)  # fmt: skip
+def test_the_graph_for_a_gpu_has_plans_and_nothing_of_the_whole_sequence_but_keys(
+    strategy: str, train: bool, kernel: str
+):
+    """No device is needed: shapes are those of the local graph on the meta device."""
+    model = for_a_gpu(train)
     ids = torch.arange(3, 34)[None]
     inputs = {"input_ids": ids, "labels": ids, "use_cache": False} if train else batch()
-    options = {"outputs": "loss", "kernel": "flex"} if train else {"outputs": "sharded"}
+    options = {"outputs": "loss" if train else "sharded", "kernel": kernel}
     report = sp_compile.explain(model, inputs, 2, device="cuda", attention=strategy, **options)
     graph = report.steps[-1].after
-    assert ("block_mask_of_keys(" in graph) == train
-    assert graph.count(" = flex_attention(") == 2
-    assert "block_mask(" in graph
-    assert "sp_compile.attention(" not in graph
+    flex = kernel == "flex"
+    assert ("block_mask_of_keys(" in graph) == (train and flex)
+    assert graph.count(" = flex_attention(") == 2 * flex
+    assert graph.count("sp_compile.attention(") == 2 * (not flex)
+    assert ("block_mask(" if flex else "tile_plan(") in graph
     values = re.findall(r"^%(\w+): \w+\[([^\]]*)\]", graph, re.MULTILINE)
     gathered = {"T", "2*n", "n + fetched"}  # rows of all ranks, or those that attention reads
     whole = [[size for size in sizes.split(", ") if any(each in size for each in gathered)] for _, sizes in values]
@@ -147,3 +158,13 @@ def test_the_graph_for_a_gpu_has_block_masks_and_nothing_of_the_whole_sequence_b
     widths = [int(sizes.split(", ")[-1]) for (_, sizes), each in zip(values, whole, strict=True)
               if each and sizes.split(", ")[-1].isdigit()]  # fmt: skip
     assert max(widths, default=0) <= 2 * 2 * HEAD_DIM  # keys and values of both heads, not the hidden state
+
+
+def test_short_runs_train_by_another_kernel_than_long_ones():
+    found = []
+    for tokens in (1300, 30):
+        ids = torch.randint(3, 60, (1, tokens))
+        inputs = {"input_ids": ids, "labels": ids, "use_cache": False}
+        graph = sp_compile.explain(for_a_gpu(train=True), inputs, 2, device="cuda", outputs="loss").steps[-1].after
+        found.append((graph.count(" = flex_attention("), graph.count("sp_compile.attention(")))
+    assert found == [(0, 2), (2, 0)]

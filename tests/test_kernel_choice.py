@@ -153,6 +153,43 @@ def test_fused_kernels_that_do_not_run_on_a_device_are_passed_over(monkeypatch: 
         choose("fused", need)
 
 
+@pytest.fixture
+def faster(monkeypatch: pytest.MonkeyPatch) -> list[Shape]:
+    """A GPU on which fused kernels were measured to be the faster ones; the shapes that were asked for."""
+    asked: list[Shape] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(choice, "refused", lambda *_: None)
+    monkeypatch.setattr(choice, "beats_flex", lambda shape, device: bool(asked.append(shape)) or True)
+    return asked
+
+
+def test_generated_inference_takes_fused_kernels_where_they_were_measured_to_be_faster(faster, monkeypatch):
+    need = replace(GPU, heads=8, kv_heads=2)
+    assert choose("auto", need) == ("fused", None)
+    assert choose("auto", replace(need, lse=True)) == ("fused", None)
+    assert {*faster} == {Shape(8, 2, 64, 64, "bfloat16", False)}
+    monkeypatch.setattr(choice, "beats_flex", lambda *_: False)
+    assert choose("auto", need) == ("flex", None)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"steps": True}, {"short": True}, {"irregular": True}, {"mask_per_head": True}, {"changes_scores": True},
+     {"dtype": torch.float32}, {"kept_dtype": torch.float8_e5m2}],
+    ids=str,
+)  # fmt: skip
+def test_generated_inference_keeps_generated_code_where_masks_are_no_large_bands(change: Any, faster: list[Shape]):
+    assert choose("auto", replace(GPU, **change)) == ("flex", None)
+    assert faster == [], "nothing is measured in vain"
+
+
+def test_short_parts_train_by_generated_code():
+    assert choose("auto", replace(GPU, differentiable=True, short=True)) == ("flex", None)
+    assert choose("auto", replace(GPU, compiled=False, short=True)) == ("fused", None)
+
+
 def test_the_last_that_a_device_prefers_serves_all():
     for need in (CPU, GPU, replace(CPU, device="mps"), replace(CPU, changes_scores=True), replace(GPU, compiled=False)):
         last = KERNELS[preferred(need)[-1]]

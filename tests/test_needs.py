@@ -18,6 +18,7 @@ from sp_compile.needs import (
     rows_of,
     seen_pairs,
     seen_parts,
+    short_runs,
     whole_on_ranks,
 )
 
@@ -157,3 +158,15 @@ def span(layout: TokenLayout, run: np.ndarray, reach: Reach, apart: bool, reques
     end = layout.tokens if reach.ahead is None else run[-1] + reach.ahead + 1
     own = np.flatnonzero(request == request[run[0]]) if apart else np.arange(layout.tokens)
     return {*range(max(first, int(own[0])), min(end, int(own[-1]) + 1))}
+
+
+@pytest.mark.parametrize(
+    ("lengths", "sp", "scheme", "short"),
+    [((1000,), 4, "zigzag", False), ((1000,) * 9, 4, "zigzag", False), ((100,) * 40, 8, "zigzag", True),
+     ((64,) * 40, 1, "zigzag", False), ((63,) * 40, 1, "zigzag", True), ((100,) * 40, 8, "whole", False),
+     ((5000, *[20] * 40), 1, "zigzag", False), ((2,), 4, "zigzag", True)],
+)  # fmt: skip
+def test_runs_of_a_rank_are_short_where_many_requests_are_cut_often(
+    lengths: tuple[int, ...], sp: int, scheme: str, short: bool
+):
+    assert short_runs(token_layout(lengths, sp, scheme)) == short

@@ -16,7 +16,7 @@ from sp_compile.kernels.backward import Gradients, attend_backward
 from sp_compile.kernels.backward import Saved as Saved
 from sp_compile.kernels.dense import Partial
 from sp_compile.kernels.plan import plan_regions
-from sp_compile.kernels.regions import Region, as_regions
+from sp_compile.kernels.regions import as_regions, as_tensor
 
 
 def attend(
@@ -36,9 +36,10 @@ def attend(
         wide = torch.float64 if kernel == "dense_fp64" else None
         out, lse = dense.attend(q, k, v, operands, tables, rule, scale, valid, wide)
         return out, lse.to(dense.accumulated(q.dtype))
-    regions = _regions(q, k, operands, tables, rule, plan, valid)
-    run = rectangles.attend if kernel == "fused" else tiles.attend
-    return run(q, k, v, operands, tables, rule, scale, regions, valid)
+    plan = _planned(q, k, operands, tables, rule, plan, valid)
+    if kernel == "fused":
+        return rectangles.attend(q, k, v, operands, tables, rule, scale, plan, valid)
+    return tiles.attend(q, k, v, operands, tables, rule, scale, as_regions(plan), valid)
 
 
 def gradients(
@@ -54,18 +55,19 @@ def gradients(
 ) -> tuple[Gradients, list[torch.Tensor]]:
     """Gradients of an attention's q, k and v, and of operands and tables of these numbers."""
     q, k, v = saved[:3]
-    regions = _regions(q, k, operands, tables, rule, plan, valid)
+    plan = _planned(q, k, operands, tables, rule, plan, valid)
     of_rule: list[torch.Tensor] = []
     if kernel == "fused" and saved.grad_lse is None:
-        dq, dk, dv = rectangles.gradients(saved, operands, tables, rule, scale, regions, valid)
+        dq, dk, dv = rectangles.gradients(saved, operands, tables, rule, scale, plan, valid)
     else:
+        regions = as_regions(plan)
         (dq, dk, dv), of_rule = attend_backward(saved, operands, tables, rule, scale, regions, valid, learned)
     vectors = [*operands, *tables]
     of_rule = [each.to(vectors[i].dtype) for i, each in zip(learned, of_rule, strict=True)]
     return (dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)), of_rule
 
 
-def _regions(
+def _planned(
     q: torch.Tensor,
     k: torch.Tensor,
     operands: Sequence[torch.Tensor],
@@ -73,9 +75,11 @@ def _regions(
     rule: str,
     plan: torch.Tensor | None,
     valid: torch.Tensor | None,
-) -> list[Region]:
-    """Those of the plan, or planned here."""
-    return plan_regions(operands, tables, rule, valid, q.shape[2], k.shape[2]) if plan is None else as_regions(plan)
+) -> torch.Tensor:
+    """The plan, made here where there is none."""
+    if plan is not None:
+        return plan
+    return as_tensor(plan_regions(operands, tables, rule, valid, q.shape[2], k.shape[2]))
 
 
 def with_means(

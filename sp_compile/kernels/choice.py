@@ -19,7 +19,7 @@ import torch
 
 from sp_compile.errors import KernelError
 from sp_compile.kernels import fused
-from sp_compile.kernels.rates import Shape, refused
+from sp_compile.kernels.rates import Shape, beats_flex, refused
 
 FLEX_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FP8, FP8_SINCE = (torch.float8_e4m3fn, torch.float8_e5m2), (8, 9)  # the compute capability from which Triton reads it
@@ -40,6 +40,9 @@ class Need:
         kept_dtype: of keys and values, where a cache keeps them in another than that of the queries.
         differentiable: gradients are wanted.
         learns_rule: so are those of what the rule reads.
+        steps: a cache is read, in steps of few queries that CUDA graphs replay.
+        short: the scores are many small parts.
+        irregular: the mask may be anything, since it is read by pairs of query and key.
     """
 
     device: str
@@ -57,6 +60,15 @@ class Need:
     kept_dtype: torch.dtype | None = None
     differentiable: bool = False
     learns_rule: bool = False
+    steps: bool = False
+    short: bool = False
+    irregular: bool = False
+
+    @property
+    def shape(self) -> Shape:
+        """The heads, for which kernels are measured."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return Shape(self.heads, self.kv_heads, self.head_dim, self.value_dim, dtype, self.differentiable)
 
 
 def _serves_all(need: Need) -> str | None:
@@ -106,9 +118,17 @@ def _fused(need: Need) -> str | None:
     reason = fused.serves(need.device, [need.dtype], need.head_dim, need.value_dim)
     if reason is not None or not torch.cuda.is_available():
         return reason
-    dtype = str(need.dtype).removeprefix("torch.")
-    shape = Shape(need.heads, need.kv_heads, need.head_dim, need.value_dim, dtype, need.differentiable)
-    return refused(shape, torch.device("cuda", torch.cuda.current_device()))
+    return refused(need.shape, _card())
+
+
+def _card() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _fused_is_faster(need: Need) -> bool:
+    """Whether fused kernels were measured to be faster than generated code, for a mask that is made of bands."""
+    able = not (need.steps or need.irregular or need.mask_per_head) and _fused(need) is None
+    return able and torch.cuda.is_available() and beats_flex(need.shape, _card())
 
 
 KERNELS: Mapping[str, Callable[[Need], str | None]] = {
@@ -123,7 +143,8 @@ KERNELS: Mapping[str, Callable[[Need], str | None]] = {
 def preferred(need: Need) -> tuple[str, ...]:
     """Kernels for a device, best first; see ``benchmarks/results``."""
     if need.device == "cuda" and need.compiled:
-        return ("fused", "flex", "tiles") if need.differentiable else ("flex", "fused", "tiles")
+        fused_first = not need.short and (need.differentiable or _fused_is_faster(need))
+        return ("fused", "flex", "tiles") if fused_first else ("flex", "fused", "tiles")
     if need.device == "cuda":
         return ("fused", "tiles")
     return ("flex", "tiles") if need.device == "cpu" and need.compiled and need.changes_scores else ("tiles",)

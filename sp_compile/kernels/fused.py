@@ -1,26 +1,29 @@
 """torch's fused kernels for GPUs, flash and cuDNN: queries by keys of one rectangle, under a window of its corner.
 
 Both return log-sum-exps, so that rectangles over other keys can be merged, and take them back for gradients. They
-compute fp16 and bf16 with heads of at most 256 dims. On a CPU there are others, see :mod:`sp_compile.kernels.flash`.
+compute fp16 and bf16 with heads of at most 256 dims. Flash computes many rectangles in one call too, packed behind one
+another. On a CPU there are others, see :mod:`sp_compile.kernels.flash`.
 
-Letters: B batch, H query heads, G key/value heads, Q queries, K keys, D head dim, E value head dim.
+Letters: B batch, H query heads, G key/value heads, Q queries, K keys, D head dim, E value head dim; T queries and S
+keys of all packed rectangles.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 
 from sp_compile.kernels.dense import Partial
-from sp_compile.kernels.regions import Region
 
 aten = torch.ops.aten
 HALF = (torch.float16, torch.bfloat16)
 LARGEST = 256  # dims of a head
 ALIGNED = 8  # dims of a head are a multiple of it
+PLANNED = 1 << 24  # pairs from where on cuDNN is taken: it plans anew for every size, in about 0.1 s
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -36,6 +39,21 @@ class Window(NamedTuple):
 
 
 EVERYTHING, CAUSAL = Window(), Window(-1, 0)
+
+
+class Lengths(NamedTuple):
+    """Queries and keys of packed rectangles.
+
+    Attributes:
+        queries, keys: int32 ``[rectangles + 1]`` on the device, where each begins and the last ends; None where
+            nothing is packed, and the rectangles are rows of a batch.
+        most_queries, most_keys: of one rectangle.
+    """
+
+    queries: torch.Tensor | None
+    keys: torch.Tensor | None
+    most_queries: int
+    most_keys: int
 
 
 class Kernel(NamedTuple):
@@ -88,33 +106,49 @@ def attend_backward(
     window: Window,
 ) -> Gradients:
     """Gradients of q, k and v of :func:`attend`, from the output and log-sum-exp over all keys that queries see."""
+    return _unpadded(qkv, out, lse, grad, partial(KERNELS[name].backward, scale=scale, window=window))
+
+
+def attend_packed(
+    q_THD: torch.Tensor, k_SGD: torch.Tensor, v_SGE: torch.Tensor, lengths: Lengths, scale: float, window: Window
+) -> Partial:
+    """Attention of each rectangle's queries over its keys of a window.
+
+    Returns:
+        Output ``[T, H, E]`` in q's dtype and natural log-sum-exp ``[H, T]`` in fp32.
+    """
+    width = v_SGE.shape[-1]
+    q, k, v = (_padded(each, _width(q_THD, v_SGE)) for each in (q_THD, k_SGD, v_SGE))
+    out, lse = _flash_rows(q, k, v, lengths, scale, window)
+    return out[..., :width], lse
+
+
+def attend_packed_backward(
+    qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    grad: torch.Tensor,
+    lengths: Lengths,
+    scale: float,
+    window: Window,
+) -> Gradients:
+    """Gradients of q, k and v of :func:`attend_packed`, as :func:`attend_backward`."""
+    return _unpadded(qkv, out, lse, grad, partial(_flash_rows_backward, lengths=lengths, scale=scale, window=window))
+
+
+def _unpadded(
+    qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    grad: torch.Tensor,
+    backward: Callable[..., Gradients],
+) -> Gradients:
+    """Gradients by a backward that takes heads of one width and one dtype."""
     q, v, dtype = qkv[0], qkv[2], qkv[0].dtype
     padded = (_padded(each.to(dtype), _width(q, v)) for each in (*qkv, out))
-    found = KERNELS[name].backward(*padded, lse.contiguous(), _padded(grad.to(dtype), _width(q, v)), scale, window)
+    found = backward(*padded, lse.contiguous(), _padded(grad.to(dtype), _width(q, v)))
     dq, dk, dv = (each[..., : own.shape[-1]] for each, own in zip(found, qkv, strict=True))
     return dq, dk, dv
-
-
-def windowed(region: Region) -> tuple[Region, Window] | None:
-    """A region that is a band as a rectangle with a window, without rows and columns that see nothing.
-
-    None where nothing is seen.
-    """
-    low, high = region.low, region.high
-    rows, columns = region.q_end - region.q_start, region.k_end - region.k_start
-    top = max(0, -high)  # rows that end before the first column, and columns that start before the first row
-    left = max(0, low + top)
-    rows, columns = rows - top, columns - left
-    low, high = low + top - left, high + top - left
-    rows = min(rows, columns - low)  # the last row starts at the last column or before it
-    columns = min(columns, rows + high)  # and ends there or behind it
-    if rows <= 0 or columns <= 0:
-        return None
-    q_start, k_start = region.q_start + top, region.k_start + left
-    corner = columns - rows
-    unbounded_left, unbounded_right = low <= 1 - rows, high >= columns - 1
-    window = Window(-1 if unbounded_left else corner - low, -1 if unbounded_right else high - corner)
-    return Region(region.row, q_start, q_start + rows, k_start, k_start + columns), window
 
 
 def _width(q: torch.Tensor, v: torch.Tensor) -> int:
@@ -135,10 +169,9 @@ def _rows_first(*tensors: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: Window) -> Partial:
-    out, lse, *_ = aten._flash_attention_forward(
-        *_rows_first(q, k, v), None, None, q.shape[2], k.shape[2], 0.0, window == CAUSAL, False,
-        scale=scale, window_size_left=window.left, window_size_right=window.right,
-    )  # fmt: skip
+    lengths = Lengths(None, None, q.shape[2], k.shape[2])
+    q, k, v = _rows_first(q, k, v)
+    out, lse = _flash_rows(q, k, v, lengths, scale, window)
     return out.transpose(1, 2), lse
 
 
@@ -152,12 +185,39 @@ def _flash_backward(
     scale: float,
     window: Window,
 ) -> Gradients:
-    found = aten._flash_attention_backward(
-        *_rows_first(grad, q, k, v, out), lse, None, None, q.shape[2], k.shape[2], 0.0, window == CAUSAL, *_no_draws(q),
+    lengths = Lengths(None, None, q.shape[2], k.shape[2])
+    q, k, v, out, grad = _rows_first(q, k, v, out, grad)
+    dq, dk, dv = _rows_first(*_flash_rows_backward(q, k, v, out, lse, grad, lengths, scale, window))
+    return dq, dk, dv
+
+
+def _flash_rows(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: Lengths, scale: float, window: Window
+) -> Partial:
+    """Flash of tensors with rows in front of heads."""
+    out, lse, *_ = aten._flash_attention_forward(
+        q, k, v, *lengths, 0.0, window == CAUSAL, False,
         scale=scale, window_size_left=window.left, window_size_right=window.right,
     )  # fmt: skip
-    dq, dk, dv = _rows_first(*found)
-    return dq, dk, dv
+    return out, lse
+
+
+def _flash_rows_backward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    grad: torch.Tensor,
+    lengths: Lengths,
+    scale: float,
+    window: Window,
+) -> Gradients:
+    found: Gradients = aten._flash_attention_backward(
+        grad, q, k, v, out, lse, *lengths, 0.0, window == CAUSAL, *_no_draws(q),
+        scale=scale, window_size_left=window.left, window_size_right=window.right,
+    )  # fmt: skip
+    return found
 
 
 def _no_draws(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,7 +9,7 @@ import torch
 
 from sp_compile.kernels.bands import ROUNDING, WHOLE
 
-SMALL = 64  # rows below which neighbouring pieces become one
+SMALL = 64  # rows of a piece
 BRANCH = 8
 
 
@@ -60,11 +60,15 @@ class Vector:
 
 
 class Side:
-    """The pieces of the queries or of the keys, in a tree."""
+    """The pieces of the queries or of the keys, in a tree.
 
-    def __init__(self, length: int, vectors: Sequence[Vector]) -> None:
+    Args:
+        least: rows below which neighbouring pieces become one.
+    """
+
+    def __init__(self, length: int, vectors: Sequence[Vector], least: int = SMALL) -> None:
         cuts = np.unique(np.concatenate([np.zeros(1, dtype=np.int64), *(each.cuts() for each in vectors)]))
-        self.starts = _without_small(cuts[cuts < length], length)
+        self.starts = _without_small(cuts[cuts < length], length, least)
         self.ends = np.append(self.starts[1:], length)
         self.levels = [(self.starts, self.ends)]
         while len(self.levels[-1][0]) > BRANCH:
@@ -76,13 +80,13 @@ class Side:
         return self.levels[min(level, len(self.levels) - 1)]
 
 
-def _without_small(starts: np.ndarray, length: int) -> np.ndarray:
+def _without_small(starts: np.ndarray, length: int, least: int) -> np.ndarray:
     """Runs of neighbouring small pieces become larger ones."""
     sizes = np.diff(np.append(starts, length))
-    if (sizes >= SMALL).all():
+    if (sizes >= least).all():
         return starts
     kept: list[int] = []
     for start, size in zip(starts.tolist(), sizes.tolist(), strict=True):
-        if not kept or size >= SMALL or start - kept[-1] >= SMALL:
+        if not kept or size >= least or start - kept[-1] >= least:
             kept.append(start)
     return np.asarray(kept, dtype=np.int64)

@@ -33,12 +33,15 @@ def plan_regions(
     valid: torch.Tensor | None,
     queries: int,
     keys: int,
+    boxes: bool = True,
 ) -> list[Region]:
     """The regions that hold all visible pairs of query and key, each pair in one region.
 
     Args:
         operands, tables, rule: see :mod:`sp_compile.score_rule`.
         valid: bool ``[keys]``, keys that exist (False on the padding of a rank); None when all do.
+        boxes: small regions that follow one another become one, whose elements decide; else they are bands where
+            that is possible, and those of the same queries have the same ends.
     """
     operands = [each.detach().cpu() for each in operands]
     tables = [each.detach().cpu() for each in tables]
@@ -52,7 +55,8 @@ def plan_regions(
         if queries * keys <= LOOKED_AT:
             found += _visible(rule, own, tables, queries, keys, row)
         else:
-            found += boxed(list(_Planner(rule, own, tables, queries, keys, row).regions()))
+            regions = list(_Planner(rule, own, tables, queries, keys, row, boxes).regions())
+            found += boxed(regions) if boxes else regions
     return found
 
 
@@ -139,8 +143,10 @@ class _Planner:
         queries: int,
         keys: int,
         row: int,
+        boxes: bool,
     ) -> None:
         self.rule, self.operands, self.tables, self.row = rule, operands, tables, row
+        self.boxes, self.least = boxes, SMALL if boxes else 1
         self.vectors: dict[str, Vector] = {}
         self.constants: dict[str, float] = {}
         self.mixed: list[Assignment] = []
@@ -152,8 +158,8 @@ class _Planner:
         )
         used = {item for each in self.mixed for item in each.arguments}
         vectors = [each for name, each in self.vectors.items() if name in used]
-        self.queries = Side(queries, [each for each in vectors if not each.of_keys])
-        self.keys = Side(keys, [each for each in vectors if each.of_keys])
+        self.queries = Side(queries, [each for each in vectors if not each.of_keys], self.least)
+        self.keys = Side(keys, [each for each in vectors if each.of_keys], self.least)
 
     def _split(self) -> None:
         """Compute what depends on queries or on keys alone; what is left depends on both."""
@@ -193,7 +199,7 @@ class _Planner:
                 found += self._looked_at(*values[:4])
             else:
                 found.append(Region(self.row, *values))
-        yield from joined(found)
+        yield from joined(found, across_queries=self.boxes)
 
     def _visible_pairs(self) -> tuple[np.ndarray, np.ndarray, int]:
         """Pairs of pieces that may hold a visible element, by descending both trees, and the level that was reached."""
@@ -240,7 +246,7 @@ class _Planner:
 
     def _looked_at(self, q_start: int, q_end: int, k_start: int, k_end: int) -> Iterator[Region]:
         """Regions of a pair whose mask is no band of the rule: its elements may still be one."""
-        if max(q_end - q_start, k_end - k_start) <= 2 * SMALL:
+        if max(q_end - q_start, k_end - k_start) <= 2 * SMALL and self.boxes:
             yield Region(self.row, q_start, q_end, k_start, k_end, masked=True)
             return
         first, last, count = (np.zeros(q_end - q_start, dtype=np.int64) for _ in range(3))
@@ -266,7 +272,7 @@ class _Planner:
     def _of_runs(self, q_start: int, k_start: int, k_end: int, first: np.ndarray, last: np.ndarray) -> Iterator[Region]:
         """Rows that each see one run of keys, cut where the run's ends jump or change their step."""
         ends = [Vector(torch.from_numpy(each), of_keys=False) for each in (first, last)]
-        side = Side(len(first), ends)
+        side = Side(len(first), ends, self.least)
         for start, end in zip(side.starts.tolist(), side.ends.tolist(), strict=True):
             if (first[start:end] < 0).all():
                 continue

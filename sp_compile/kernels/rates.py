@@ -1,4 +1,4 @@
-"""How fast torch's fused kernels are on a device: measured once for each shape of heads, and kept on disk.
+"""How fast torch's kernels for GPUs are on a device: measured once for each shape of heads, and kept on disk.
 
 A kernel is only taken where it ran here and gave what attention is by its definition, so that one which a device, a
 driver or a version of torch does not have, or gets wrong, is passed over.
@@ -10,11 +10,13 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from torch.nn.attention.flex_attention import flex_attention
 
 from sp_compile.errors import KernelError
 from sp_compile.files import written_whole
@@ -22,9 +24,11 @@ from sp_compile.kernels import fused
 from sp_compile.measure import least_seconds
 
 FOLDER = "SP_COMPILE_CACHE_DIR"
-CHECKED, SHORT, LONG = 192, 512, 8192  # queries and keys for which a kernel is compared, and timed
+SHORT, LONG = 512, 8192  # queries and keys for which a kernel is timed
+SQUARE, WIDE, PAIR = ([192], [192]), ([192], [256]), ([80, 192], [100, 256])  # ends of rectangles that are compared
 ERROR = 0.02  # of the largest value, for bf16, whose steps are 2 ** -8 of a value
-PLANNED = 1 << 24  # pairs from where on cuDNN is taken: it plans anew for every size, in about 0.1 s
+PACKED = "packed flash"
+Ends = tuple[list[int], list[int]]  # of the queries and the keys of rectangles behind one another
 
 
 @dataclass(frozen=True)
@@ -71,13 +75,13 @@ def fastest(shape: Shape, window: fused.Window, queries: int, keys: int, device:
     Raises:
         KernelError: none runs here.
     """
-    rates = measured(shape, device)
+    rates = {name: each for name, each in measured(shape, device).items() if name in fused.KERNELS}
     pairs = queries * keys
     able = {
         name: rate.call + rate.pair * pairs
         for name, rate in rates.items()
         if not rate.refused and fused.KERNELS[name].takes(window, queries, keys)
-        if name != "cudnn" or pairs >= PLANNED
+        if name != "cudnn" or pairs >= fused.PLANNED
     }
     if not able:
         reasons = "; ".join(f"{name}: {rate.refused}" for name, rate in rates.items() if rate.refused)
@@ -91,84 +95,166 @@ def refused(shape: Shape, device: torch.device) -> str | None:
     return f"torch's flash attention does not run here: {rate.refused}" if rate.refused else None
 
 
+def packs(shape: Shape, device: torch.device) -> bool:
+    """Whether one call of many rectangles runs on this device."""
+    return not measured(shape, device)[PACKED].refused
+
+
+def beats_flex(shape: Shape, device: torch.device) -> bool:
+    """Whether a fused kernel takes less for a pair of a query and a key than FlexAttention's generated code."""
+    best = min(rate.pair for rate in measured(shape, device).values() if not rate.refused)
+    of_flex = _flex(shape, device)
+    return bool(of_flex.refused) or best < of_flex.pair
+
+
 @lru_cache(maxsize=256)
 def measured(shape: Shape, device: torch.device) -> dict[str, Rate]:
     """The rates of all kernels, from disk where this device was measured before."""
-    file = _file(shape, device)
+    return {name: _known(name, shape, device, _measure) for name in (*fused.KERNELS, PACKED)}
+
+
+@lru_cache(maxsize=256)
+def _flex(shape: Shape, device: torch.device) -> Rate:
+    return _known("FlexAttention", shape, device, _measure_flex)
+
+
+def _known(name: str, shape: Shape, device: torch.device, measure: Callable[[str, Shape, torch.device], Rate]) -> Rate:
+    """A kernel's rate, from disk where it was measured before."""
+    file = _file(name, shape, device)
     try:
-        return {name: Rate(**each) for name, each in json.loads(file.read_text()).items()}
+        return Rate(**json.loads(file.read_text()))
     except (OSError, ValueError, TypeError):
-        found = {name: _measure(name, shape, device) for name in fused.KERNELS}
+        found = measure(name, shape, device)
     file.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(file) as part:
-        part.write_text(json.dumps({name: asdict(each) for name, each in found.items()}, indent=1))
+        part.write_text(json.dumps(asdict(found), indent=1))
     return found
 
 
-def _file(shape: Shape, device: torch.device) -> Path:
-    """Where the rates are kept: for a card, a version of torch, and a shape."""
+def _file(name: str, shape: Shape, device: torch.device) -> Path:
+    """Where a rate is kept: for a card, a version of torch, a shape and a kernel."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sp_compile"
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    of = f"{card} torch {torch.__version__} cuda {torch.version.cuda}".replace(" ", "-").replace("/", "-")
-    name = "-".join(str(each) for each in asdict(shape).values())
-    return Path(os.environ.get(FOLDER) or default) / "rates" / of / f"{name}.json"
+    of = f"{card} torch {torch.__version__} cuda {torch.version.cuda}".replace("/", "-")
+    heads = "-".join(str(each) for each in asdict(shape).values())
+    return Path(os.environ.get(FOLDER) or default) / "rates" / of.replace(" ", "-") / heads / f"{name}.json"
 
 
 def _measure(name: str, shape: Shape, device: torch.device) -> Rate:
     """Compare a kernel with the definition, then time it."""
     try:
         for window in (fused.EVERYTHING, fused.CAUSAL, fused.Window(40, 0)):
-            if fused.KERNELS[name].takes(window, CHECKED, CHECKED):
-                apart = _error(name, shape, window, device)
-                if not apart <= ERROR:
-                    return Rate(refused=f"its result is off by {apart:.1e} of the largest value")
-        short, long = (least_seconds(_run(name, shape, length, device), device) for length in (SHORT, LONG))
+            for ends in [PAIR] if name == PACKED else [SQUARE, WIDE]:
+                if name == PACKED or fused.KERNELS[name].takes(window, ends[0][-1], ends[1][-1]):
+                    apart = _error(name, shape, window, ends, device)
+                    if not apart <= ERROR:
+                        return Rate(refused=f"its result is off by {apart:.1e} of the largest value")
+        return _timed(lambda length: _run(name, shape, length, device), device)
     except RuntimeError as error:
         return Rate(refused=str(error).splitlines()[0])
+
+
+def _measure_flex(name: str, shape: Shape, device: torch.device) -> Rate:
+    """Time FlexAttention's code for any length."""
+    compiled = torch.compile(flex_attention, fullgraph=True, dynamic=True)
+
+    def run(length: int) -> Callable[[], Any]:
+        q, k, v, _ = _inputs(shape, length, length, device)
+        return lambda: compiled(q, k, v, enable_gqa=True, kernel_options={"BACKEND": "TRITON"})  # as models are lowered
+
+    try:
+        with torch.no_grad():
+            return _timed(run, device)
+    except RuntimeError as error:
+        return Rate(refused=str(error).splitlines()[0])
+
+
+def _timed(run: Callable[[int], Callable[[], Any]], device: torch.device) -> Rate:
+    """What a function of so many queries and keys takes."""
+    short, long = (least_seconds(run(length), device) for length in (SHORT, LONG))
     pair = max(long - short, 0.0) / (LONG**2 - SHORT**2)
     return Rate(max(short - pair * SHORT**2, 0.0), pair)
 
 
-def _inputs(shape: Shape, length: int, device: torch.device) -> list[torch.Tensor]:
+def _inputs(shape: Shape, queries: int, keys: int, device: torch.device) -> list[torch.Tensor]:
     """Queries, keys, values and the gradient of the output."""
-    sizes = ((shape.heads, shape.head_dim), (shape.kv_heads, shape.head_dim), (shape.kv_heads, shape.value_dim),
-             (shape.heads, shape.value_dim))  # fmt: skip
+    sizes = ((shape.heads, queries, shape.head_dim), (shape.kv_heads, keys, shape.head_dim),
+             (shape.kv_heads, keys, shape.value_dim), (shape.heads, queries, shape.value_dim))  # fmt: skip
     generator = torch.Generator().manual_seed(0)
     dtype = getattr(torch, shape.dtype)
-    return [torch.randn(1, heads, length, dim, generator=generator).to(device, dtype) for heads, dim in sizes]
+    return [torch.randn(1, *each, generator=generator).to(device, dtype) for each in sizes]
 
 
 def _run(name: str, shape: Shape, length: int, device: torch.device) -> Callable[[], Any]:
-    q, k, v, grad = _inputs(shape, length, device)
-    scale, window = shape.head_dim**-0.5, fused.EVERYTHING
+    q, k, v, grad = _inputs(shape, length, length, device)
+    run = _kernel(name, ([length], [length]), shape.head_dim**-0.5, fused.EVERYTHING, device)
     if not shape.backward:
-        return lambda: fused.attend(name, q, k, v, scale, window)
-    out, lse = fused.attend(name, q, k, v, scale, window)
-    return lambda: fused.attend_backward(name, (q, k, v), out, lse, grad, scale, window)
+        return lambda: run.forward(q, k, v)
+    out, lse = run.forward(q, k, v)
+    return lambda: run.backward((q, k, v), out, lse, grad)
 
 
-def _error(name: str, shape: Shape, window: fused.Window, device: torch.device) -> float:
+class _Kernel(NamedTuple):
+    """A kernel for ``[1, heads, rows, dim]`` tensors."""
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+
+
+def _kernel(name: str, ends: Ends, scale: float, window: fused.Window, device: torch.device) -> _Kernel:
+    """One of torch's kernels, or all rows packed as rectangles with these ends."""
+    if name != PACKED:
+        forward, backward = (partial(each, name, scale=scale, window=window)
+                             for each in (fused.attend, fused.attend_backward))  # fmt: skip
+        return _Kernel(forward, backward)
+    of_queries, of_keys = (torch.tensor([0, *each], dtype=torch.int32, device=device) for each in ends)
+    lengths = fused.Lengths(of_queries, of_keys, int(of_queries.diff().max()), int(of_keys.diff().max()))
+
+    def packed_forward(*qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        q, k, v = (each[0].transpose(0, 1) for each in qkv)
+        out, lse = fused.attend_packed(q, k, v, lengths, scale, window)
+        return out.transpose(0, 1)[None], lse[None]
+
+    def packed_backward(qkv: Any, out: torch.Tensor, lse: torch.Tensor, grad: torch.Tensor) -> list[torch.Tensor]:
+        q, k, v, out, grad = (each[0].transpose(0, 1) for each in (*qkv, out, grad))
+        found = fused.attend_packed_backward((q, k, v), out, lse[0], grad, lengths, scale, window)
+        return [each.transpose(0, 1)[None] for each in found]
+
+    return _Kernel(packed_forward, packed_backward)
+
+
+def _error(name: str, shape: Shape, window: fused.Window, ends: Ends, device: torch.device) -> float:
     """The largest difference to the definition in fp32, over the largest value, of outputs and gradients."""
-    q, k, v, grad = _inputs(shape, CHECKED, device)
+    q, k, v, grad = _inputs(shape, ends[0][-1], ends[1][-1], device)
     scale = shape.head_dim**-0.5
-    out, lse = fused.attend(name, q, k, v, scale, window)
-    right = _defined([each.float() for each in (q, k, v, grad)], window, scale)
+    run = _kernel(name, ends, scale, window, device)
+    out, lse = run.forward(q, k, v)
+    right = _defined([each.float() for each in (q, k, v, grad)], _seen(ends, window).to(device), scale)
     found = [out, lse]
     if shape.backward:
-        found += fused.attend_backward(name, (q, k, v), out, lse, grad, scale, window)
+        found += run.backward((q, k, v), out, lse, grad)
     pairs = zip(found, right, strict=False)  # gradients only where they are asked for
     return float(torch.stack([(one.float() - other).abs().max() / other.abs().max() for one, other in pairs]).max())
 
 
-def _defined(inputs: Sequence[torch.Tensor], window: fused.Window, scale: float) -> list[torch.Tensor]:
+def _seen(ends: Ends, window: fused.Window) -> torch.Tensor:
+    """The keys that each query sees, bool ``[queries, keys]``: those of its rectangle, in a window of its corner."""
+    sizes = zip(*(np.diff([0, *each]).tolist() for each in ends), strict=True)
+    rectangles = []
+    for queries, keys in sizes:
+        ahead = torch.arange(keys)[None, :] - torch.arange(queries)[:, None] - (keys - queries)
+        left, right = (queries + keys if each < 0 else each for each in window)
+        rectangles.append((ahead >= -left) & (ahead <= right))
+    seen: torch.Tensor = torch.block_diag(*rectangles)
+    return seen.bool()
+
+
+def _defined(inputs: Sequence[torch.Tensor], seen: torch.Tensor, scale: float) -> list[torch.Tensor]:
     """Output, log-sum-exp and gradients of q, k and v by the definition, without autograd, which ops do not have."""
     q, k, v, grad = inputs
     group = q.shape[1] // k.shape[1]
     k, v = (each.repeat_interleave(group, dim=1) for each in (k, v))
-    rows = torch.arange(CHECKED, device=q.device)
-    ahead = rows[None, :] - rows[:, None]
-    left, right = (CHECKED if each < 0 else each for each in window)
-    score = (q @ k.transpose(-1, -2) * scale).masked_fill((ahead < -left) | (ahead > right), -torch.inf)
+    score = (q @ k.transpose(-1, -2) * scale).masked_fill(~seen, -torch.inf)
     weights = score.softmax(dim=-1)
     out = weights @ v
     change = weights * (grad @ v.transpose(-1, -2) - (grad * out).sum(dim=-1, keepdim=True)) * scale

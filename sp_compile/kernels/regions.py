@@ -60,9 +60,11 @@ def as_regions(plan: torch.Tensor) -> list[Region]:
     ]
 
 
-def joined(regions: list[Region]) -> list[Region]:
+def joined(regions: list[Region], across_queries: bool = True) -> list[Region]:
     """Regions without a band of the same queries that lie side by side become one, then those of the same keys."""
     across = _chained(regions, lambda each: (each.masked, each.q_start, each.q_end), ("k_start", "k_end"))
+    if not across_queries:
+        return across
     return _chained(across, lambda each: (each.masked, each.k_start, each.k_end), ("q_start", "q_end"))
 
 

@@ -22,6 +22,7 @@ def plan_within(
     tables: Sequence[torch.Tensor],
     rule: str,
     valid: torch.Tensor | None,
+    boxes: bool = True,
 ) -> list[Region]:
     """As :func:`plan_regions`, where queries and keys are known to meet in few places.
 
@@ -41,7 +42,7 @@ def plan_within(
             continue
         own = between(operands, (q_start, q_end), (k_start, k_end))
         held = None if valid is None else valid[k_start:k_end]
-        for each in plan_regions(own, tables, rule, held, q_end - q_start, k_end - k_start):
+        for each in plan_regions(own, tables, rule, held, q_end - q_start, k_end - k_start, boxes):
             rows = replace(each, q_start=each.q_start + q_start, q_end=each.q_end + q_start)
             found.append(replace(rows, k_start=each.k_start + k_start, k_end=each.k_end + k_start))
     for part in _batches(few):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,8 +10,11 @@ import torch
 from torch.nn import functional as F
 
 from sp_compile.errors import ConfigError
+from sp_compile.kernels import fused
+from sp_compile.kernels.choice import Need
 from sp_compile.layout import token_layout
 from sp_compile.ops import AttentionArgs
+from sp_compile.passes import plan_attention
 from sp_compile.passes.plan_attention import PlanAttention
 from sp_compile.placements import describe
 from sp_compile.program import placement
@@ -57,6 +61,48 @@ def test_attention_reads_its_plan_with_the_operands_and_validity_that_made_it(sp
     on_ranks = ["local_index", "gathered_index", "gathered_valid"]
     assert names == (on_ranks if sp == 2 else ["restore_index", "restore_index", None])
     assert describe(placement(plan)) == (f"RankLocal(by {plan.name})" if sp == 2 else "Replicate")
+
+
+def asked(forward: Any, monkeypatch: pytest.MonkeyPatch, **more: Any) -> Need:
+    """What a kernel must serve, of the one attention of a model."""
+    found: list[Need] = []
+    monkeypatch.setattr(plan_attention, "choose", lambda kernel, need: found.append(need) or ("tiles", None))
+    after("plan_attention", forward, embeds(32), **more)
+    return found[-1]
+
+
+def masked(mask: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """One attention under a mask of the inputs."""
+
+    def forward(self: Any, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        q, k, v = qkv(inputs_embeds)
+        return F.scaled_dot_product_attention(q, repeated(k), repeated(v), mask(inputs_embeds))
+
+    return forward
+
+
+def test_masks_that_are_read_by_pairs_are_irregular(monkeypatch: pytest.MonkeyPatch):
+    def causal(x: torch.Tensor) -> torch.Tensor:
+        rows = torch.arange(x.shape[1])
+        return rows[None, :] <= rows[:, None]
+
+    def by_pairs(x: torch.Tensor) -> torch.Tensor:
+        return (x[0] @ x[0].T) > 0
+
+    assert not asked(masked(causal), monkeypatch).irregular
+    assert asked(masked(by_pairs), monkeypatch).irregular
+
+
+@pytest.mark.parametrize(("cached", "steps"), [("", False), ("first", False), ("more", True), ("mixed", False)])
+def test_steps_of_a_cache_are_told_from_prefill(cached: str, steps: bool, monkeypatch: pytest.MonkeyPatch):
+    forward = lambda self, inputs_embeds: layers([None], inputs_embeds)  # noqa: E731
+    assert asked(forward, monkeypatch, cached=cached).steps == steps
+
+
+def test_regions_stay_apart_for_kernels_that_compute_many_in_a_call(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(fused, "serves", lambda *_: None)
+    program = planned([None, 3], options={"plan_attention": {"kernel": "fused"}})
+    assert [each.kwargs for each in calls(program, "sp_compile.tile_plan")] == [{"boxes": False}] * 2
 
 
 @pytest.mark.parametrize("kernel", ["dense", "dense_fp64"])
