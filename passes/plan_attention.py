@@ -81,7 +81,7 @@ class PlanAttention(Pass):
 
     def _choose(self, program: Program, node: fx.Node) -> str:
         try:
-            kernel, passed_over = choose(self.kernel, _need(program, node))
+            kernel, passed_over = choose(self.kernel, _need(program, node), program.fused_is_faster)
         except KernelError as error:
             raise KernelError(f"attention at {source_line(node) or 'no source line'}: {error}") from None
         if passed_over is not None:

@@ -33,6 +33,8 @@ def agreement(group: Group) -> Iterator[dict[str, str]]:
     fields: dict[str, str] = {}
     try:
         yield fields
+    except RankFailedError:  # which all ranks know of
+        raise
     except Exception as problem:
         _exchange(group, {RAISED: f"{type(problem).__name__}: {problem}"})
         raise
@@ -41,10 +43,7 @@ def agreement(group: Group) -> Iterator[dict[str, str]]:
 
 def compare(group: Group, fields: Mapping[str, str]) -> None:
     """As :func:`agreement`, for fields that are known already."""
-    gathered = _exchange(group, fields)
-    failed = [(rank, each[RAISED]) for rank, each in enumerate(gathered) if RAISED in each]
-    if failed:
-        raise RankFailedError("; ".join(f"rank {rank} raised {problem}" for rank, problem in failed))
+    gathered = _gathered(group, fields)
     for name in sorted({name for each in gathered for name in each}):
         values = [each.get(name, "nothing") for each in gathered]
         if len(set(values)) == 1:
@@ -56,6 +55,24 @@ def compare(group: Group, fields: Mapping[str, str]) -> None:
             + ", ".join(f"rank {rank} has {values[rank]}" for rank in odd)
             + f", the others have {common}; every rank must pass the same"
         )
+
+
+def all_of(group: Group, what: str, own: bool) -> bool:
+    """Whether something holds on all ranks, each of which asks for the same within an :func:`agreement`.
+
+    Raises:
+        RankFailedError: another rank raised before it asked.
+    """
+    return all(each.get(what) == str(True) for each in _gathered(group, {what: str(own)}))
+
+
+def _gathered(group: Group, fields: Mapping[str, str]) -> list[Any]:
+    """What all ranks say, unless one raised."""
+    gathered = _exchange(group, fields)
+    failed = [(rank, each[RAISED]) for rank, each in enumerate(gathered) if RAISED in each]
+    if failed:
+        raise RankFailedError("; ".join(f"rank {rank} raised {problem}" for rank, problem in failed))
+    return gathered
 
 
 def _exchange(group: Group, fields: Mapping[str, str]) -> list[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,6 +11,8 @@ import sympy
 import torch
 from torch import fx
 
+from sp_compile.kernels.choice import measured_faster
+from sp_compile.kernels.rates import Shape
 from sp_compile.ledger import Window
 from sp_compile.mesh import Nodes
 from sp_compile.needs import Fetch
@@ -69,6 +71,7 @@ class Program:
         fetches: what ranks fetch, for each kind of attention that does.
         isolation: what was done to keep their requests apart.
         device: the kind that code is for, where that is not the model's own.
+        fused_is_faster: whether torch's fused kernels beat generated code, in agreement with the other ranks.
         compiled: whether code is generated for the graph, or it runs as it is.
         differentiable: whether torch records gradients of its inputs.
         fallbacks: what was computed on gathered inputs.
@@ -97,6 +100,7 @@ class Program:
     fetches: list[Fetch] = field(default_factory=list)
     isolation: str = ""
     device: str = ""
+    fused_is_faster: Callable[[Shape], bool] = measured_faster
     compiled: bool = True
     differentiable: bool = False
     fallbacks: list[Fallback] = field(default_factory=list)

@@ -41,6 +41,8 @@ from sp_compile.inputs import (
     with_cache,
     without_packed_positions,
 )
+from sp_compile.kernels.choice import measured_faster
+from sp_compile.kernels.rates import Shape
 from sp_compile.layout import PAIRS_PER_FEATURE, TokenLayout, choose_scheme, token_layout
 from sp_compile.mesh import Group
 from sp_compile.needs import short_runs
@@ -93,6 +95,7 @@ class ParallelModule(nn.Module):
         self._compiled: list[Compiled] = []
         self._last: tuple[Compiled, Step] | None = None
         self._mixing: set[Any] = set()
+        self._faster: dict[Shape, bool] = {}
         self._step: Step | None = None
         self._explained: Mapping[str, Any] | None = None
         self._kept = Kept()
@@ -279,6 +282,7 @@ class ParallelModule(nn.Module):
         program.isolated, program.cached, program.cache_dtype = kind.isolated, kind.cached, kind.cache_dtype
         program.counted, program.short, program.strategies = kind.counted, kind.short, kind.strategies
         program.hints, program.device = hints or {}, self._code_for
+        program.fused_is_faster = self._fused_is_faster
         program.compiled = self.compile_config.codegen == "inductor"
         steps = run_pipeline(program, self.pipeline, self.compile_config.verify_passes, trace)
         return program, steps
@@ -365,6 +369,13 @@ class ParallelModule(nn.Module):
         counted = reads and step.apart and positions_count(named)
         chooses = next((each for each in strategies if each.chooses and self.group.size > 1), None)
         return replace(step, counted=counted, asked=None if chooses is None else chooses.asked)
+
+    def _fused_is_faster(self, shape: Shape) -> bool:
+        """Whether that was measured on every rank, found out when the first program that asks is agreed on."""
+        if shape not in self._faster:
+            what = f"whether fused kernels are faster for {shape}"
+            self._faster[shape] = fingerprint.all_of(self.group, what, measured_faster(shape))
+        return self._faster[shape]
 
     def _tells_short(self, step: Step) -> bool:
         """Whether batches of short runs may be computed by another kernel than others."""

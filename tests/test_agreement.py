@@ -13,7 +13,9 @@ import torch
 import torch.distributed as dist
 
 import sp_compile
+from sp_compile import fingerprint, runtime
 from sp_compile.errors import BatchError, RankFailedError, RankMismatchError
+from sp_compile.kernels.rates import Shape
 from tests.models import llama
 from tests.zoo.models import tokens
 
@@ -135,3 +137,33 @@ def test_the_survivor_of_a_failure_names_the_rank_that_failed(tmp_path: Path, ho
             each.kill()
             each.wait()
     assert told.strip() == f"RankFailedError: rank 0 cannot go on: {words}"
+
+
+SHAPE = Shape(8, 2, 64, 64, "bfloat16", False)
+
+
+def verdicts() -> tuple[list[bool], str]:
+    """Whether fused kernels are faster, where ranks measured otherwise, and what is told of a rank that raised."""
+    odd, parallel = dist.get_rank() == 1, sp_compile.parallelize(llama(), codegen="eager")
+    found = []
+    with pytest.MonkeyPatch.context() as patched:
+        for alike in (False, True):
+            parallel._faster.clear()
+            patched.setattr(runtime, "measured_faster", lambda shape, alike=alike: alike or not odd)
+            found.append(parallel._fused_is_faster(SHAPE))
+        patched.setattr(runtime, "measured_faster", lambda shape: pytest.fail("it is known"))
+        found.append(parallel._fused_is_faster(SHAPE))
+    try:
+        with fingerprint.agreement(parallel.group):
+            if odd:
+                raise BatchError("not this")
+            fingerprint.all_of(parallel.group, "it", True)
+    except sp_compile.SPCompileError as error:
+        return found, f"{type(error).__name__}: {error}"
+    return found, ""
+
+
+def test_what_is_measured_decides_on_all_ranks_alike(ranks):
+    for rank, (found, told) in enumerate(ranks(3).run(verdicts)):
+        assert found == [False, True, True]
+        assert told == ("BatchError: not this" if rank == 1 else "RankFailedError: rank 1 raised BatchError: not this")

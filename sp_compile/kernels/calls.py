@@ -1,6 +1,6 @@
 """Few calls of fused kernels for many regions of the scores.
 
-A call costs some microseconds on the host, and behind and only large ones fill a GPU. So the small regions of the same queries
+A call costs some microseconds on the host, and only large ones fill a GPU. So the small regions of the same queries
 become one rectangle, over all their keys in a row, and rectangles are packed into calls of many. What is large is a
 call of its own, which reads keys where they are.
 
@@ -67,7 +67,7 @@ class Rectangle:
         row: of the batch, -1 for all.
         queries: of the row.
         keys: of the row.
-        window: around the diagonal that ends and last.high >= -1 in the corner of the last query and the last key.
+        window: around the diagonal that ends in the corner of the last query and the last key.
     """
 
     row: int
@@ -251,7 +251,7 @@ def _is_band(row: Sequence[Region]) -> bool:
     """Whether regions in a row are one band: the first's lower bound ends in it, and the last's upper begins there."""
     rows, first, last = row[0].q_end - row[0].q_start, row[0], row[-1]
     ends = first.low <= first.k_end - first.k_start - rows + 1
-    return len(row) == 1 or (ends)
+    return len(row) == 1 or (ends and last.high >= -1)
 
 
 def _rectangle(row: Sequence[Region]) -> Iterator[Rectangle]:
@@ -298,7 +298,7 @@ def _packed(rectangles: Sequence[Rectangle], most: int) -> list[tuple[list[Recta
         for i, (pack, of_pack) in enumerate(packs):
             last = pack[-1]
             behind = (last.row, last.queries[1]) <= (rectangle.row, rectangle.queries[0])
-            if of_pack == window and filled[i] + rectangle.sizes[1] <= most:
+            if of_pack == window and behind and filled[i] + rectangle.sizes[1] <= most:
                 break
         else:
             i = len(packs)

@@ -125,10 +125,9 @@ def _card() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def _fused_is_faster(need: Need) -> bool:
-    """Whether fused kernels were measured to be faster than generated code, for a mask that is made of bands."""
-    able = not (need.steps or need.irregular or need.mask_per_head) and _fused(need) is None
-    return able and torch.cuda.is_available() and beats_flex(need.shape, _card())
+def measured_faster(shape: Shape) -> bool:
+    """Whether fused kernels beat generated code on the GPU at hand; False where there is none."""
+    return torch.cuda.is_available() and beats_flex(shape, _card())
 
 
 KERNELS: Mapping[str, Callable[[Need], str | None]] = {
@@ -140,28 +139,34 @@ KERNELS: Mapping[str, Callable[[Need], str | None]] = {
 }
 
 
-def preferred(need: Need) -> tuple[str, ...]:
-    """Kernels for a device, best first; see ``benchmarks/results``."""
+def preferred(need: Need, faster: Callable[[Shape], bool] = measured_faster) -> tuple[str, ...]:
+    """Kernels for a device, best first; see ``benchmarks/results``.
+
+    Args:
+        faster: as :func:`measured_faster`, in agreement with other ranks.
+    """
     if need.device == "cuda" and need.compiled:
-        fused_first = not need.short and (need.differentiable or _fused_is_faster(need))
+        bands = not (need.steps or need.irregular or need.mask_per_head) and _fused(need) is None
+        fused_first = not need.short and (need.differentiable or (bands and faster(need.shape)))
         return ("fused", "flex", "tiles") if fused_first else ("flex", "fused", "tiles")
     if need.device == "cuda":
         return ("fused", "tiles")
     return ("flex", "tiles") if need.device == "cpu" and need.compiled and need.changes_scores else ("tiles",)
 
 
-def choose(asked: str, need: Need) -> tuple[str, str | None]:
+def choose(asked: str, need: Need, faster: Callable[[Shape], bool] = measured_faster) -> tuple[str, str | None]:
     """The kernel for a node, and why the fast ones of a GPU were passed over where all are.
 
     Args:
         asked: a key of :data:`KERNELS`, or ``auto`` for the first that serves on the device.
+        faster: as of :func:`preferred`.
 
     Raises:
         KernelError: the kernel that was asked for cannot serve the node; says why and which can.
     """
     if asked == "auto":
         passed = list[str]()
-        for name in preferred(need):
+        for name in preferred(need, faster):
             reason = KERNELS[name](need)
             if reason is None:
                 told = "; ".join(passed) if need.device == "cuda" and name == "tiles" else ""

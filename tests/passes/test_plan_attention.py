@@ -66,7 +66,7 @@ def test_attention_reads_its_plan_with_the_operands_and_validity_that_made_it(sp
 def asked(forward: Any, monkeypatch: pytest.MonkeyPatch, **more: Any) -> Need:
     """What a kernel must serve, of the one attention of a model."""
     found: list[Need] = []
-    monkeypatch.setattr(plan_attention, "choose", lambda kernel, need: found.append(need) or ("tiles", None))
+    monkeypatch.setattr(plan_attention, "choose", lambda kernel, need, faster: found.append(need) or ("tiles", None))
     after("plan_attention", forward, embeds(32), **more)
     return found[-1]
 
