@@ -87,7 +87,7 @@ class _Lowering:
                 part.replace_all_uses_with(value)
 
     def _splits(self, args: ops.AttentionArgs) -> bool:
-        """Whether keys are split: those of a cache, whose queries are few and would leave most of a GPU idle.
+        """Whether keys are split: those of a cache, whose queries are few in most steps and would leave a GPU idle.
 
         FlexAttention without generated code does not look at blocks, and would see all keys in every part.
         """
@@ -103,24 +103,26 @@ class _Lowering:
         heads, kv_heads = (each.meta["val"].shape[1] for each in (args.q, args.k))
         group = 1 if args.per_head else heads // kv_heads
         assert args.plan is not None
-        count, keys = (self._once(aten.sym_size.int, each, 0) for each in args.plan.args[-2:])  # the same in all layers
-        rows = self._once(operator.mul, count, group)
+        count, keys = (self._once(aten.sym_size.int, each, 0) for each in args.plan.args[4:6])  # the same in all layers
+        rows = self._once(torch.sym_max, self._once(operator.mul, count, group), BLOCK)
         splits = self._once(split_count, rows, keys, heads // group)
-        q = self._once(as_parts, args.q, group, splits)
-        q.meta["val"] = as_parts(args.q.meta["val"], group, 2)
+        q = self._once(as_parts, args.q, group, rows, splits)
+        whole = args.q.meta["val"]
+        q.meta["val"] = whole.new_empty(2, heads // group, BLOCK, whole.shape[-1])  # of any number of parts and rows
         plan = self._once(torch.ops.sp_compile.split_block_mask.default, args.plan, count, rows, splits)
-        operands = [self._repeated(each, group) for each in args.operands]
+        operands = [self._repeated(each, rows) for each in args.operands]
         parts = self._flex(args._replace(q=q, plan=plan, operands=operands, partial=True), True)
-        merged = self._once(merged_parts, *parts, count)
+        merged = self._once(merged_parts, *parts, group, count)
         out, lse = (self._once(getitem, merged, i) for i in range(2))
         return out if args.partial else self._once(aten.to.dtype, out, args.q.meta["val"].dtype), lse
 
-    def _repeated(self, operand: fx.Node, group: int) -> fx.Node:
-        """An operand for the queries of all heads of a group."""
-        if group == 1 or 2 not in _varying(operand):
+    def _repeated(self, operand: fx.Node, rows: fx.Node) -> fx.Node:
+        """An operand for so many rows, which are its queries again and again."""
+        if 2 not in _varying(operand):
             return operand
-        found = self._once(aten.cat.default, [operand] * group, -2)
-        found.meta["val"] = torch.cat([operand.meta["val"]] * group, -2)
+        found = self._once(repeated_rows, operand, rows)
+        whole = operand.meta["val"]
+        found.meta["val"] = whole.new_empty(*whole.shape[:-2], BLOCK, whole.shape[-1])
         return found
 
     def _flex(self, args: ops.AttentionArgs, with_lse: bool) -> tuple[fx.Node, fx.Node]:
@@ -141,7 +143,7 @@ class _Lowering:
         lse = self.graph.call_function(aten.mul.Tensor, (lse, math.log(2)))  # of base 2
         if args.empty_mean:
             assert args.plan is not None
-            seen = self._once(torch.ops.sp_compile.seen_rows.default, *args.plan.args)  # planned from the same
+            seen = self._once(torch.ops.sp_compile.seen_rows.default, *args.plan.args[:6])  # planned from the same
             out = self.graph.call_function(torch.ops.sp_compile.fill_empty.default, (out, args.v, seen, args.valid))
         if args.partial:
             out = self.graph.call_function(aten.to.dtype, (out, torch.float32))
@@ -250,14 +252,27 @@ class _Lowering:
         return self.made[key]
 
 
-def as_parts(q: torch.Tensor, group: int, splits: int) -> torch.Tensor:
-    """Queries ``[1, H, Q, D]`` once for each part of the keys, ``[splits, H / group, group * Q, D]``."""
+def as_parts(q: torch.Tensor, group: int, rows: int, splits: int) -> torch.Tensor:
+    """Queries ``[1, H, Q, D]`` once for each part of the keys, ``[splits, H / group, rows, D]``.
+
+    Args:
+        rows: those of a group's heads one after another, and from the first again as far as a block is to be filled,
+            which a GPU computes in whole.
+    """
     _, heads, queries, dim = q.shape
-    return q.reshape(1, heads // group, group * queries, dim).expand(splits, -1, -1, -1).contiguous()
+    folded = q.reshape(1, heads // group, group * queries, dim)
+    return repeated_rows(folded, rows).expand(splits, -1, -1, -1).contiguous()
 
 
-def merged_parts(out: torch.Tensor, lse: torch.Tensor, queries: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Parts ``[splits, G, group * Q, E]`` and ``[splits, G, group * Q]`` as ``[1, H, Q, E]`` and ``[1, H, Q]``."""
+def repeated_rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:
+    """So many rows of dim -2, those of the tensor again and again."""
+    return tensor.index_select(-2, torch.arange(rows, device=tensor.device) % tensor.shape[-2])
+
+
+def merged_parts(out: torch.Tensor, lse: torch.Tensor, group: int, queries: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Parts ``[splits, G, rows, E]`` and ``[splits, G, rows]`` as ``[1, H, Q, E]`` and ``[1, H, Q]``."""
+    rows = torch.arange(group * queries, device=out.device)  # no slice, for which code would rest on how many there are
+    out, lse = (each.index_select(2, rows) for each in (out, lse))
     none = torch.zeros_like(out[:1]), torch.full_like(lse[:1], -torch.inf)
     whole, total = ops.merge_partials(*none, out.unsqueeze(1), lse.unsqueeze(1))
     return whole.reshape(1, -1, queries, out.shape[-1]), total.reshape(1, -1, queries)

@@ -31,7 +31,7 @@ from sp_compile.pipeline import Pass
 from sp_compile.placements import REPLICATE, Gathered, Heads, Held, RankLocal
 from sp_compile.program import Program, gathered_index, placement, source_line
 from sp_compile.rule_derivatives import underivable
-from sp_compile.score_rule import assigns, needed
+from sp_compile.score_rule import assigns
 from sp_compile.symbols import is_float, shape_of
 
 TILES = torch.ops.sp_compile.tile_plan.default
@@ -92,6 +92,7 @@ class PlanAttention(Pass):
 def _need(program: Program, node: fx.Node) -> Need:
     args = ops.AttentionArgs(*node.args)
     q, v = (each.meta["val"] for each in (args.q, args.v))
+    of_mask = args.read_by("mask")
     return Need(
         device=program.device_kind(args.q),
         dtype=q.dtype,
@@ -101,7 +102,7 @@ def _need(program: Program, node: fx.Node) -> Need:
         heads=int(q.shape[1]),
         kv_heads=int(args.k.meta["val"].shape[1]),
         empty_mean=args.empty_mean,
-        mask_per_head=args.per_head,
+        mask_per_head=of_mask.per_head,
         changes_scores=assigns(args.rule, "score") or assigns(args.rule, "bias"),
         drops_weights=assigns(args.rule, "keep"),
         compiled=program.compiled,
@@ -110,16 +111,14 @@ def _need(program: Program, node: fx.Node) -> Need:
         kept_dtype=v.dtype if v.dtype != q.dtype else None,
         steps=program.cached == "more",
         short=program.short,
-        irregular=_irregular(args),
+        irregular=bool(of_mask.tables) or any(map(_of_pairs, of_mask.operands)),
     )
 
 
-def _irregular(args: ops.AttentionArgs) -> bool:
-    """Whether a mask is read by pairs of query and key, or looked up, and not made of vectors of each."""
-    read = {item for each in needed(args.rule, ("mask",)) for item in each.arguments if isinstance(item, str)}
-    sizes = [shape_of(each) for i, each in enumerate(args.operands) if f"x{i}" in read]
-    by_pair = any(len(each) >= 2 and each[-1] != 1 and each[-2] != 1 for each in sizes)
-    return by_pair or any(f"table{i}" in read for i in range(len(args.tables)))
+def _of_pairs(operand: fx.Node) -> bool:
+    """Whether an operand has a value for each pair of query and key, and is no vector of either."""
+    sizes = shape_of(operand)
+    return len(sizes) >= 2 and sizes[-1] != 1 and sizes[-2] != 1
 
 
 def _check_derivatives(node: fx.Node) -> None:
@@ -156,7 +155,7 @@ def _rows(program: Program, args: ops.AttentionArgs) -> list[str]:
     queries, keys = placement(args.q), placement(args.k)
     names = [gathered_index(queries) if isinstance(queries, Gathered | Heads) else "local_index"]
     names.append(f"held_index_{keys.shelf}" if isinstance(keys, Held) else gathered_index(keys))
-    if isinstance(keys, Held) and PLANS[args.kernel] is TILES:
+    if isinstance(keys, Held):
         names.append(f"held_runs_{keys.shelf}")
     return names
 

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
+from torch import fx
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from sp_compile.compat import process_group
@@ -125,6 +126,7 @@ class Recorder:
     Args:
         run: takes tensors and numbers, and returns tensors and what does not change.
         static: numbers of the inputs that are read where they are.
+        unread: numbers of those that are not read.
         graphs: what records.
         limit: graphs that are kept, those that ran last.
         note: told why nothing can be recorded, once that is found out.
@@ -137,12 +139,13 @@ class Recorder:
         self,
         run: Callable[..., Sequence[Any]],
         static: frozenset[int],
+        unread: frozenset[int],
         graphs: Graphs,
         limit: int,
         note: Callable[[str], None],
     ) -> None:
         self.run, self.replays = run, 0
-        self._static, self._graphs, self._limit, self._note = static, graphs, limit, note
+        self._static, self._unread, self._graphs, self._limit, self._note = static, unread, graphs, limit, note
         self._sights: OrderedDict[Any, int] = OrderedDict()
         self._recorded: OrderedDict[Any, _Recorded] = OrderedDict()
         self._refused = False
@@ -154,7 +157,7 @@ class Recorder:
         """What the function returns."""
         if self._refused:
             return self.run(*inputs)
-        key = tuple(_described(each, i in self._static) for i, each in enumerate(inputs))
+        key = tuple(_described(each, i in self._static) for i, each in enumerate(inputs) if i not in self._unread)
         if key in self._recorded:
             self._recorded.move_to_end(key)
             return self._replayed(self._recorded[key], inputs)
@@ -201,7 +204,7 @@ class Recorder:
         return own
 
     def _is_static(self, i: int, value: Any) -> bool:
-        return i in self._static or not isinstance(value, torch.Tensor)
+        return i in self._static or i in self._unread or not isinstance(value, torch.Tensor)
 
 
 class Replaying:
@@ -221,7 +224,8 @@ class Replaying:
         inputs = program.graph.find_nodes(op="placeholder")
         static = [i for i, each in enumerate(inputs) if "held" in each.meta or each.meta.get("weight")]
         tensors = frozenset(i for i in static if isinstance(inputs[i].meta["val"], torch.Tensor))
-        self.recorder = Recorder(run, tensors, graphs, GRAPHS + program.sp, note)
+        unread = _unread(parts.device)
+        self.recorder = Recorder(run, tensors - unread, unread, graphs, GRAPHS + program.sp, note)
         self._host = parts.host
         self._rows = next(i for i, each in enumerate(inputs) if each.meta.get("index_input") == "kept_rows")
 
@@ -230,6 +234,12 @@ class Replaying:
         """Run on the inputs of the whole graph."""
         run = self.recorder if len(inputs[self._rows]) <= MOST_ROWS else self.recorder.run
         return run(*inputs, *self._host(*inputs))
+
+
+def _unread(device: fx.GraphModule) -> frozenset[int]:
+    """Numbers of the inputs that only the host's part reads; how many ranges are planned changes with every page."""
+    inputs = device.graph.find_nodes(op="placeholder")
+    return frozenset(i for i, each in enumerate(inputs) if not each.users)
 
 
 def _first_of(error: BaseException) -> str:

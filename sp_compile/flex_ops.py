@@ -20,14 +20,15 @@ def block_mask(
     valid: torch.Tensor | None,
     q_rows: torch.Tensor,
     k_rows: torch.Tensor,
+    runs: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As :func:`sp_compile.kernels.flex.block_mask`, of the arguments of :func:`sp_compile.ops.tile_plan`."""
-    return flex.block_mask(operands, tables, rule, valid, q_rows.numel(), k_rows.numel())
+    return flex.block_mask(operands, tables, rule, valid, q_rows.numel(), k_rows.numel(), runs)
 
 
 @block_mask.register_fake
 def _(*args: Any) -> torch.Tensor:
-    operands, _, rule, _, q_rows, k_rows = args
+    operands, _, rule, _, q_rows, k_rows = args[:6]
     queries, keys = (flex.blocks(each.shape[0]) for each in (q_rows, k_rows))
     return torch.empty(plans.mask_rows(rule, operands) or 1, queries, 2, 1 + keys, dtype=torch.int32)
 
@@ -52,7 +53,7 @@ def split_block_mask(plan: torch.Tensor, queries: int, rows: int, splits: int) -
 
 @split_block_mask.register_fake
 def _(plan: torch.Tensor, queries: int, rows: int, splits: int) -> torch.Tensor:
-    return plan.new_empty(splits, flex.blocks(rows), 2, 1 + (plan.shape[3] + splits - 2) // splits)
+    return plan.new_empty(splits, flex.blocks(rows), 2, 2 + (plan.shape[3] + splits - 2) // splits)
 
 
 @torch.library.custom_op("sp_compile::captured", mutates_args=())
@@ -107,7 +108,7 @@ def seen_rows(
 
 @seen_rows.register_fake
 def _(*args: Any) -> torch.Tensor:
-    operands, _, rule, _, q_rows, _ = args
+    operands, _, rule, _, q_rows, _ = args[:6]
     seen: torch.Tensor = q_rows.new_empty(plans.mask_rows(rule, operands) or 1, q_rows.shape[0], dtype=torch.bool)
     return seen
 

@@ -21,6 +21,7 @@ from sp_compile.kernels import plan as plans
 from sp_compile.kernels.dense import accumulated
 from sp_compile.kernels.regions import as_tensor
 from sp_compile.kernels.runs import plan_within
+from sp_compile.score_rule import needed
 from sp_compile.symbols import shape_of
 
 
@@ -117,6 +118,12 @@ class AttentionArgs(NamedTuple):
     plan: fx.Node | None = None
     valid: fx.Node | None = None
     partial: bool = False
+
+    def read_by(self, output: str) -> AttentionArgs:
+        """The arguments without operands and tables that an output of the rule does not read."""
+        read = {item for each in needed(self.rule, (output,)) for item in each.arguments}
+        operands = [each for i, each in enumerate(self.operands) if f"x{i}" in read]
+        return self._replace(operands=operands, tables=[x for i, x in enumerate(self.tables) if f"table{i}" in read])
 
     @property
     def per_head(self) -> bool:

@@ -137,8 +137,8 @@ def assert_right(found: torch.Tensor, own: torch.Tensor, right: torch.Tensor, dt
     assert ours <= 2 * theirs, f"{case}: {ours} against {theirs}"
 
 
-def generate(device: str, codegen: str, new: int, lengths: Sequence[int] = (1, 2, 17, 200)) -> float:
-    """The largest error of log-probabilities, where all tokens are those of each request alone."""
+def generate(device: str, codegen: str, new: int, lengths: Sequence[int] = (1, 2, 17, 200)) -> tuple[float, set[str]]:
+    """The largest error of log-probabilities, with tokens those of each request alone, and the kernels that ran."""
     model, requests = llama(hidden_size=128), prompts(lengths)
     parallel = sp_compile.parallelize(llama(hidden_size=128).to(device), codegen=codegen)
     cache = sp_compile.ShardedCache(parallel, page_size=8)
@@ -146,7 +146,7 @@ def generate(device: str, codegen: str, new: int, lengths: Sequence[int] = (1, 2
     asked = [each.to(device) for each in requests]
     found = sp_compile.generate(parallel, asked, logprobs=True, prompt_logprobs=True, **options)
     assert {len(each.tokens) for each in found} == {new}
-    return check_greedy(model, requests, found)
+    return check_greedy(model, requests, found), kernels_of(parallel)
 
 
 def flex_step(
@@ -163,8 +163,8 @@ def flex_step(
     return max(apart), kernels_of(parallel)
 
 
-def of_lower_precision(device: str, **options: Any) -> list[float]:
-    """Errors of logits, of their scale, after tokens whose keys and values are kept in bf16, and in fp8."""
+def of_lower_precision(device: str, **options: Any) -> tuple[float, float, set[str]]:
+    """Errors of logits, of their scale, with earlier keys and values in bf16 and in fp8, and the kernels that ran."""
     model, found = llama(hidden_size=128).to(device), []
     parallel = sp_compile.parallelize(model, **options)
     ids = torch.randint(3, 120, (1, 30), generator=torch.Generator().manual_seed(3)).to(device)
@@ -176,4 +176,5 @@ def of_lower_precision(device: str, **options: Any) -> list[float]:
             assert {each.dtype for each in cache.tensors} == {dtype}
             out = parallel(input_ids=ids[:, 20:], past_key_values=cache).logits
             found.append(float((out - expected[:, 20:]).abs().max() / expected.abs().max()))
-    return found
+    half, eighth = found
+    return half, eighth, kernels_of(parallel)

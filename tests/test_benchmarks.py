@@ -22,10 +22,11 @@ def test_every_part_of_the_gpu_benchmark_reports(tmp_path: Path) -> None:
         assert attention["error"] < 2e-2
         assert attention["sp=2, fetch"]["ranks"]
         assert set(parts[f"{shape}, layout"]) == {"pack", "reorder", "merge"}
-        assert set(parts[f"{shape}, decode"]) == {"sp=1, rank 0", "sp=2, rank 0", "sp=2, rank 1"}
+        ranks = {"sp=1, rank 0", "sp=2, rank 0", "sp=2, rank 1"}
+        assert set(parts[f"{shape}, decode"]) == ranks | {f"{each}, plan over layers" for each in ranks}
     figures = [each for name in parts for each in parts[name].values() if isinstance(each, dict) and "error" in each]
     assert {"Llama-3-8B, model", "Llama-3-8B, layers"} <= set(parts)
-    assert all(each["error"] < 2e-2 and each["ratio"] > 0 for each in figures)
+    assert all(each["error"] < 2e-2 and each["ratio"] >= 0 for each in figures)
     text = files[1].read_text()
     assert "Machine: " in text
     assert "python benchmarks/gpu.py --smoke" in text

@@ -247,6 +247,29 @@ def test_splits_hold_the_blocks_of_all_rows_once_and_about_as_many_each(case: Ca
 
 def test_keys_are_split_as_far_as_a_gpu_has_room():
     assert split_count(16 * 4, 1 << 21, 8) == 32
-    assert split_count(4096 * 4, 1 << 17, 8) == 1
+    assert split_count(4096 * 4, 1 << 17, 8) == 2
     assert split_count(64, 300, 8) == 3
-    assert split_count(64, 1, 1) == 1
+    assert split_count(64, 1, 1) == 2
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize(("new", "held"), [([1, 1, 1], [300, 20, 700]), ([40, 1, 200], [129, 500, 64])], ids=str)
+def test_blocks_of_queries_that_meet_keys_in_known_ranges(new: list[int], held: list[int], rows: int):
+    of_queries, of_keys = (torch.repeat_interleave(torch.arange(3), torch.tensor(each)) for each in (new, held))
+    places = torch.cat([torch.randperm(each) for each in held])
+    ends = torch.cat([torch.full((each,), last - 9) for each, last in zip(new, held, strict=True)])
+    limits = torch.tensor([1 << 20, 100][:rows]).reshape(rows, 1, 1, 1)
+    rule = "t0 = eq(x1, x0); t1 = le(x3, x2); t2 = and(t0, t1); t3 = lt(x3, x4); mask = and(t2, t3)"
+    operands = [of_queries[:, None], of_keys[None], ends[:, None], places[None], limits]
+    edges = [[0, *torch.tensor(each).cumsum(0).tolist()] for each in (new, held)]
+    runs = torch.tensor([[*q, *k] for q, k in zip(*map(itertools.pairwise, edges), strict=True)])
+    valid = torch.rand(sum(held)) < 0.9
+    sizes = sum(new), sum(held)
+    found = block_mask(operands, [], rule, valid, *sizes, runs)
+    mask = seen(rule, operands, valid, sizes)
+    partial, full = flagged(found[:, :, 0]), flagged(found[:, :, 1])
+    some, every = by_blocks(mask.any(dim=1))[0], by_blocks(mask.all(dim=1))[1]
+    assert len(found) == rows
+    assert not (some & ~(partial | full)).any()
+    assert not (full & ~every).any()
+    assert (partial | full).sum() < partial.numel()

@@ -10,7 +10,7 @@ import torch
 
 import sp_compile
 from sp_compile.kernels import fused
-from sp_compile.kernels.rates import Shape, measured
+from sp_compile.kernels.rates import PACKED, Shape, measured
 from tests import training
 from tests.local_graphs import kernels_of
 from tests.models import gpt, llama
@@ -68,7 +68,7 @@ def test_fused_kernels_are_right_for_every_kind_of_mask(kinds: list[str], dtype:
     assert check_kernel(DEVICE, kinds, dtype, "fused") == {"fused"}
 
 
-@pytest.mark.parametrize("name", fused.KERNELS)
+@pytest.mark.parametrize("name", [*fused.KERNELS, PACKED])
 @pytest.mark.parametrize("backward", [False, True])
 def test_fused_kernels_run_on_this_card_and_give_what_attention_is(name: str, backward: bool):
     for shape in (Shape(32, 8, 128, 128, "bfloat16", backward), Shape(6, 2, 40, 24, "float16", backward)):
@@ -125,13 +125,13 @@ def prefill(sp: int | None, dtype: torch.dtype, codegen: str, **options: Any) ->
                 own, right = (each(request[None].to(each.device), use_cache=False).logits for each in (model, exact))
                 assert_right(logits.cpu(), own.cpu(), right, dtype, f"{len(request)} of {lengths}")
     used = kernels_of(parallel)
-    assert parallel.compiles <= max(COMPILES[each] for each in used)
+    assert parallel.compiles <= sum(COMPILES[each] for each in used)
     return used
 
 
 @pytest.mark.parametrize(("codegen", "kernel"), [("eager", "fused"), ("inductor", "flex")])
 def test_prefill_on_one_rank(codegen: str, kernel: str):
-    assert prefill(1, torch.bfloat16, codegen) == {kernel}
+    assert prefill(1, torch.bfloat16, codegen) <= {kernel, "fused"}  # which may be faster on this card
 
 
 @pytest.mark.parametrize(
@@ -146,17 +146,18 @@ def test_prefill_on_two_ranks(staged: StagedPool, attention: str, dtype: torch.d
 @pytest.mark.parametrize(("attention", "dtype"), [("allgather_kv", torch.bfloat16), ("ring", torch.float32)])
 def test_generated_code_on_two_ranks(staged: StagedPool, attention: str, dtype: torch.dtype):
     for used in staged.run(prefill, None, dtype, "inductor", attention=attention):
-        assert used == {"flex"}
+        assert used <= {"flex", "fused"}
 
 
 @pytest.mark.parametrize(("codegen", "new"), [("eager", 24), ("inductor", 6)])
 def test_greedy_generation_with_a_sharded_cache(staged: StagedPool, codegen: str, new: int):
-    for worst in staged.run(generate, DEVICE, codegen, new):
+    for worst, _ in staged.run(generate, DEVICE, codegen, new):
         assert worst <= 1e-5
 
 
 def test_a_cache_of_another_dtype_than_the_model():
-    half, eighth = of_lower_precision(DEVICE, sp=1)
+    half, eighth, used = of_lower_precision(DEVICE, sp=1)
+    assert used == {"flex"}
     assert 1e-6 < half < 2e-2
     assert half < eighth < 0.3
 

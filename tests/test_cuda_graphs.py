@@ -205,7 +205,7 @@ class Doubled:
 
 def recorder(run: Any, limit: int = 8) -> tuple[Recorder, list[str]]:
     notes: list[str] = []
-    return Recorder(run, frozenset({1}), Replayed(), limit, notes.append), notes
+    return Recorder(run, frozenset({1}), frozenset({3}), Replayed(), limit, notes.append), notes
 
 
 def test_what_comes_a_third_time_is_recorded_and_then_replayed(replaying):
@@ -222,6 +222,14 @@ def test_what_comes_a_third_time_is_recorded_and_then_replayed(replaying):
         assert torch.equal(seen, torch.full((5,), 1.0 + i)) or i < 2  # which run as they are
         assert number == 7
     assert not notes
+
+
+def test_inputs_that_are_not_read_may_change(replaying):
+    record, _ = recorder(lambda x, held, n, unread: [x + n])
+    held = torch.ones(5)
+    for i in range(6):
+        assert torch.equal(record(torch.full((2,), float(i)), held, 1, torch.ones(i))[0], torch.full((2,), i + 1.0))
+    assert record.replays == 4
 
 
 def test_expanded_inputs_keep_their_strides(replaying):
@@ -294,7 +302,7 @@ def test_a_failure_to_record_is_told_and_steps_run_on():
             raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
     notes: list[str] = []
-    record, held = Recorder(Doubled(), frozenset({1}), Failing(), 8, notes.append), torch.ones(5)
+    record, held = Recorder(Doubled(), frozenset({1}), frozenset(), Failing(), 8, notes.append), torch.ones(5)
     for _ in range(5):
         assert torch.equal(record(torch.ones(2), held, 3)[0], torch.full((2,), 5.0))
     assert notes == ["recording failed: RuntimeError: operation not permitted when stream is capturing"]

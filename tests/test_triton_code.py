@@ -41,12 +41,14 @@ def test_ranks_without_tokens_of_their_own(cards: CardPool):
 
 
 def test_greedy_generation_with_a_cache_whose_keys_are_split(card: CardPool):
-    (worst,) = card.run(generate, "cpu", "inductor", 2, (3, 200))
+    ((worst, used),) = card.run(generate, "cpu", "inductor", 2, (3, 200))
     assert worst <= 1e-5
+    assert used == {"flex"}
 
 
 def test_a_cache_of_another_dtype_than_the_model(card: CardPool):
-    ((half, eighth),) = card.run(of_lower_precision, "cpu", sp=1)
+    ((half, eighth, used),) = card.run(of_lower_precision, "cpu", sp=1)
+    assert used == {"flex"}
     assert 1e-6 < half < 2e-2
     assert half < eighth < 0.3
 

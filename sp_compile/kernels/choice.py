@@ -19,10 +19,10 @@ import torch
 
 from sp_compile.errors import KernelError
 from sp_compile.kernels import fused
-from sp_compile.kernels.rates import Shape, beats_flex, refused
+from sp_compile.kernels.rates import NOT_HERE, Shape, beats_flex, refused
 
 FLEX_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-FP8, FP8_SINCE = (torch.float8_e4m3fn, torch.float8_e5m2), (8, 9)  # the compute capability from which Triton reads it
+E4M3, E4M3_SINCE = torch.float8_e4m3fn, (8, 9)  # the compute capability from which Triton reads it
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def _flex(need: Need) -> str | None:
     if need.drops_weights:
         return "it does not drop weights"
     on_card = need.device == "cuda" and torch.cuda.is_available()
-    if need.kept_dtype in FP8 and on_card and torch.cuda.get_device_capability() < FP8_SINCE:
+    if need.kept_dtype == E4M3 and on_card and torch.cuda.get_device_capability() < E4M3_SINCE:
         return f"code for this GPU does not read {need.kept_dtype}"
     if need.empty_mean and need.mask_per_head:
         return "it does not tell for each head which queries see no key, which get the mean of the values in this model"
@@ -155,7 +155,7 @@ def preferred(need: Need, faster: Callable[[Shape], bool] = measured_faster) -> 
 
 
 def choose(asked: str, need: Need, faster: Callable[[Shape], bool] = measured_faster) -> tuple[str, str | None]:
-    """The kernel for a node, and why the fast ones of a GPU were passed over where all are.
+    """The kernel for a node, and why the fast ones of a GPU were passed over where all are, or one does not run there.
 
     Args:
         asked: a key of :data:`KERNELS`, or ``auto`` for the first that serves on the device.
@@ -169,8 +169,8 @@ def choose(asked: str, need: Need, faster: Callable[[Shape], bool] = measured_fa
         for name in preferred(need, faster):
             reason = KERNELS[name](need)
             if reason is None:
-                told = "; ".join(passed) if need.device == "cuda" and name == "tiles" else ""
-                return name, told or None
+                told = [each for each in passed if name == "tiles" or NOT_HERE in each]
+                return name, "; ".join(told) or None if need.device == "cuda" else None
             passed.append(f"kernel {name}: {reason}")
         raise AssertionError("the last kernel of a device serves all")
     reason = KERNELS[asked](need)

@@ -12,6 +12,7 @@ from torch import fx
 
 from sp_compile.kernels.plan import mask_rows, plan_regions, with_valid
 from sp_compile.kernels.regions import Region
+from sp_compile.kernels.runs import plan_within
 from sp_compile.score_rule import FUNCTIONS, call, needed
 
 BLOCK = 128  # queries and keys of a block, torch's default
@@ -27,10 +28,14 @@ def block_mask(
     valid: torch.Tensor | None,
     queries: int,
     keys: int,
+    runs: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The blocks of keys that each block of queries sees in part, and those that it sees in whole.
 
     Memory is that of the blocks; the mask's elements are looked at only where the plan does.
+
+    Args:
+        runs: int64 ``[runs, 4]``, ranges outside of which no query sees a key; see :func:`plan_within`.
 
     Returns:
         On the CPU, int32 ``[rows, query blocks, 2, 1 + key blocks]``: for the partial blocks and for the full ones, how
@@ -38,8 +43,13 @@ def block_mask(
     """
     rows = mask_rows(*with_valid(rule, operands, valid)) or 1
     kinds = np.zeros((rows, blocks(queries), blocks(keys)), dtype=np.int8)
-    for region in plan_regions(operands, tables, rule, valid, queries, keys):
-        _mark(kinds[max(region.row, 0)], region, queries, keys)
+    if runs is None:
+        regions = plan_regions(operands, tables, rule, valid, queries, keys)
+    else:
+        regions = plan_within(runs.tolist(), operands, tables, rule, valid)
+    for region in regions:
+        for each in kinds[region.rows]:
+            _mark(each, region, queries, keys)
     return torch.from_numpy(np.stack([_listed(kinds == 1), _listed(kinds == 2)], axis=2))
 
 
@@ -56,35 +66,34 @@ def split_blocks(listed: np.ndarray, queries: int, rows: int, splits: int) -> np
         queries: of which the rows are copies, one after another.
 
     Returns:
-        int32 ``[splits, row blocks, 2, 1 + key blocks of a split]``, listed alike.
+        int32 ``[splits, row blocks, 2, 2 + key blocks of a split]``, listed alike.
     """
     partial, full = _flags(listed[0]).swapaxes(0, 1)
-    touched = np.zeros((blocks(rows), len(full)), dtype=np.int64)
     numbers = np.arange(rows)
-    touched[numbers // BLOCK, numbers % queries // BLOCK] = 1
-    every = touched @ full == touched.sum(axis=1, keepdims=True)
-    of_rows = np.where(touched @ (partial | full) > 0, 1 + every, 0)
-    found = np.zeros((splits, len(of_rows), 2, 1 + -(-full.shape[1] // splits)), dtype=np.int32)
-    for block, own in enumerate(of_rows):
-        seen = np.flatnonzero(own)
-        of_split = np.arange(len(seen)) * splits // max(len(seen), 1)
-        for kind in range(2):
-            chosen = own[seen] == kind + 1
-            split, which = of_split[chosen], seen[chosen]
-            counts = np.bincount(split, minlength=splits)
-            place = np.arange(len(split)) - (np.cumsum(counts) - counts)[split]
-            found[:, block, kind, 0] = counts
-            found[split, block, kind, 1 + place] = which
+    pairs = np.unique(numbers // BLOCK * len(full) + numbers % queries // BLOCK)  # blocks of rows and of their queries
+    begins = np.searchsorted(pairs // len(full), np.arange(-(-rows // BLOCK)))
+    some, every = (reduce.reduceat(of[pairs % len(full)], begins, axis=0)
+                   for reduce, of in ((np.logical_or, partial | full), (np.logical_and, full)))  # fmt: skip
+    found = np.zeros((splits, blocks(rows), 2, 2 + -(-full.shape[1] // splits)), dtype=np.int32)
+    for block, touched in enumerate(some):
+        seen = np.flatnonzero(touched)
+        edges = (np.arange(splits + 1) * len(seen) + splits - 1) // splits
+        for split in range(splits):
+            part = seen[edges[split] : edges[split + 1]]
+            whole = every[block, part]
+            for kind, chosen in enumerate((part[~whole], part[whole])):
+                found[split, block, kind, 0] = len(chosen)
+                found[split, block, kind, 1 : 1 + len(chosen)] = chosen
     return found
 
 
 def split_count(rows: int, keys: int, heads: int) -> Any:
     """Into how many parts keys are split so that a GPU has enough to do: as many as it runs blocks of queries at once.
 
-    The sizes may be symbols.
+    The sizes may be symbols. There are two parts at least, since code for one would be other code.
     """
     of_queries = heads * ((rows + BLOCK - 1) // BLOCK)
-    return torch.sym_max(1, torch.sym_min(AT_ONCE // of_queries, (keys + BLOCK - 1) // BLOCK))
+    return torch.sym_max(2, torch.sym_min(AT_ONCE // of_queries, (keys + BLOCK - 1) // BLOCK))
 
 
 def blocks(length: int) -> int:

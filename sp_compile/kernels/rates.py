@@ -28,6 +28,7 @@ SHORT, LONG = 512, 8192  # queries and keys for which a kernel is timed
 SQUARE, WIDE, PAIR = ([192], [192]), ([192], [256]), ([80, 192], [100, 256])  # ends of rectangles that are compared
 ERROR = 0.02  # of the largest value, for bf16, whose steps are 2 ** -8 of a value
 PACKED = "packed flash"
+NOT_HERE = "does not run here"
 Ends = tuple[list[int], list[int]]  # of the queries and the keys of rectangles behind one another
 
 
@@ -92,7 +93,7 @@ def fastest(shape: Shape, window: fused.Window, queries: int, keys: int, device:
 def refused(shape: Shape, device: torch.device) -> str | None:
     """Why no fused kernel serves any window on this device; None where one does."""
     rate = measured(shape, device)["flash"]
-    return f"torch's flash attention does not run here: {rate.refused}" if rate.refused else None
+    return f"torch's flash attention {NOT_HERE}: {rate.refused}" if rate.refused else None
 
 
 def packs(shape: Shape, device: torch.device) -> bool:

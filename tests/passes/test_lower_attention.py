@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import pytest
 import torch
@@ -22,6 +22,7 @@ from sp_compile.layout import token_layout
 from sp_compile.ops import AttentionArgs
 from sp_compile.passes.lower_attention import LowerAttention
 from sp_compile.program import Program, lines
+from sp_compile.runtime import ParallelModule
 from sp_compile.score_rule import DRAWS, FUNCTIONS, evaluate
 from sp_compile.symbols import shape_of
 from tests.local_graphs import local_programs
@@ -40,6 +41,7 @@ from tests.passes.graphs import (
     run_whole,
 )
 from tests.passes.test_plan_attention import layers
+from tests.ranks import RankPool
 from tests.test_flex import Flex, alibi, causal, distances, documents, prefix, softcap
 from tests.test_generation import check_greedy, prompts
 
@@ -345,12 +347,19 @@ def test_ranks_compute_what_the_tiles_do(model: Any, sp: int):
 
 
 class ByBlocks(fx.Interpreter):
-    """Runs a graph whose FlexAttention sees the blocks that it is told, as generated code does, but not eager code."""
+    """Runs a graph whose FlexAttention sees the blocks that it is told, as generated code does, but not eager code.
+
+    Attributes:
+        rows: of the batch, of each FlexAttention that ran.
+    """
+
+    rows: ClassVar[list[int]] = []
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is not torch.ops.higher_order.flex_attention:
             return super().call_function(target, args, kwargs)
         found = FlexArgs(*args)
+        self.rows.append(found.q.shape[0])
         partial, full = (listed_blocks(*found.blocks[i : i + 2]) for i in (2, 4))
 
         def mask(b: Any, h: Any, q: Any, k: Any, *captured: Any) -> Any:
@@ -372,16 +381,47 @@ def bloom() -> Any:
     return transformers.BloomForCausalLM(config).eval()
 
 
-@pytest.mark.parametrize(("build", "heads"), [(llama, 2), (bloom, 4)], ids=["grouped heads", "a bias of each head"])
-def test_keys_of_a_cache_are_split_on_a_gpu(build: Callable[[], Any], heads: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(Program, "device_kind", lambda self, node: "cuda")
-    monkeypatch.setattr(codegen, "compile_graph", lambda gm, *_: ByBlocks(gm).run)
-    monkeypatch.setitem(choice.KERNELS, "flex", lambda need: None)
+def mistral() -> Any:
+    config = transformers.MistralConfig(vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+                                        num_attention_heads=4, num_key_value_heads=2, sliding_window=30)  # fmt: skip
+    return transformers.MistralForCausalLM(config).eval()
+
+
+def generated_by_blocks(build: Callable[[], Any], sp: int | None) -> tuple[float, set[int], ParallelModule]:
+    """The error of log-probabilities, into how many parts keys were split, and the model that ran."""
+    torch.manual_seed(5)
     model, requests = build(), prompts((1, 17, 200))
-    parallel = sp_compile.parallelize(model, sp=1, kernel="flex")
-    options: dict[str, Any] = {"max_new_tokens": 4, "prefill_tokens": 150, "eos_token_id": -1}
-    found = sp_compile.generate(parallel, requests, logprobs=True, prompt_logprobs=True, **options)
-    assert check_greedy(model, requests, found) <= 1e-5
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Program, "device_kind", lambda self, node: "cuda")
+        patched.setattr(codegen, "compile_graph", lambda gm, *_: ByBlocks(gm).run)
+        patched.setitem(choice.KERNELS, "flex", lambda need: None)
+        patched.setattr(ByBlocks, "rows", [])
+        parallel = sp_compile.parallelize(model, sp=sp, kernel="flex")
+        options: dict[str, Any] = {"max_new_tokens": 4, "prefill_tokens": 150, "eos_token_id": -1}
+        found = sp_compile.generate(parallel, requests, logprobs=True, prompt_logprobs=True, **options)
+        return check_greedy(model, requests, found), {*ByBlocks.rows}, parallel
+
+
+def of_two_ranks(build: Callable[[], Any]) -> tuple[float, set[int]]:
+    return generated_by_blocks(build, None)[:2]
+
+
+@pytest.mark.parametrize("build", [llama, mistral, bloom])
+def test_keys_that_two_ranks_hold_are_split(build: Callable[[], Any], ranks: Callable[[int], RankPool]):
+    for worst, parts in ranks(2).run(of_two_ranks, build):
+        assert worst <= 1e-5
+        assert 1 in parts
+        assert max(parts) > 1, parts
+
+
+@pytest.mark.parametrize(
+    ("build", "heads"), [(llama, 2), (mistral, 2), (bloom, 4)], ids=["grouped heads", "windows", "a bias of each head"]
+)
+def test_keys_of_a_cache_are_split_on_a_gpu(build: Callable[[], Any], heads: int):
+    worst, parts, parallel = generated_by_blocks(build, 1)
+    assert worst <= 1e-5
+    assert 1 in parts
+    assert max(parts) > 1
     for program in local_programs(parallel):
         split = calls(program, "as_parts")
         assert len(split) == len(calls(program, "merged_parts"))
