@@ -2,10 +2,10 @@
 
 Run ``python benchmarks/gpu.py`` on an otherwise idle GPU; ``--help`` shows what can be chosen. The shapes are those of
 Llama-3-8B and Qwen3-30B-A3B: 32 query and 8 or 4 key/value heads of 128 dims, bf16. A rank's queries meet the keys that
-a strategy brings, in the order in which they come, under the block mask that is planned for them; the code is
-FlexAttention's for any length, as in compiled models. Beside each rank stand torch's kernels on one causal sequence
-with as many visible pairs of query and key, FlexAttention with code for that length alone. Times are those of CUDA
-events, medians of interleaved rounds.
+a strategy brings, in the order in which they come, under what is planned for them, by FlexAttention's code for any
+length and by fused kernels; "ours" is the one that compiled models take on this card. Beside each rank stand torch's
+kernels on one causal sequence with as many visible pairs of query and key, FlexAttention with code for that length
+alone. Times are those of CUDA events, medians of interleaved rounds.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from sp_compile import kernels, needs
-from sp_compile.kernels import flex
+from sp_compile.kernels import flex, rates
 from sp_compile.kernels.plan import joined_with_valid, plan_regions
 from sp_compile.kernels.regions import as_tensor
 from sp_compile.layout import TokenLayout, token_layout
@@ -37,6 +37,7 @@ from sp_compile.passes.lower_attention import OPTIONS, repeated_rows
 STRATEGIES = ("allgather_kv", "fetch")
 RULE = "t0 = eq(x0, x1); t1 = le(x2, x3); mask = and(t0, t1)"  # of transformers' mask for packed requests
 SDPA = {"flash SDPA": SDPBackend.FLASH_ATTENTION, "cuDNN SDPA": SDPBackend.CUDNN_ATTENTION}
+CARD = torch.device("cuda", 0)
 ROUNDED = 128  # tokens of a sequence that stands for an area
 SEES = flex.rule_graph(
     torch.nn.Module(), joined_with_valid(RULE, 4), "mask", dict(enumerate(((2,), (3,), (3,), (2,), (3,)))), {}
@@ -130,6 +131,16 @@ class Batch:
         blocks = block_mask_of(self.plan(part, operands), operands)
         return lambda: code(q, k, v, blocks)
 
+    def fused(self, part: Part) -> Run:
+        """Fused kernels over the part, planned before."""
+        operands, sizes = self.operands(part), (len(part.queries), len(part.keys))
+        *read, real = operands
+        q = self.q[:, :, part.queries.to(self.device)]
+        k, v = (each[:, :, part.keys.to(self.device)] for each in (self.k, self.v))
+        plan = as_tensor(plan_regions(read, [], RULE, real, *sizes, boxes=False))
+        scale = self.shape.width**-0.5
+        return lambda: kernels.attend("fused", q, k, v, read, [], RULE, scale, plan, real)[0].to(q.dtype)
+
     def each_request(self, backend: SDPBackend) -> Run:
         """``is_causal`` SDPA over every request on its own."""
         parts = [[part.contiguous() for part in each.split(self.lengths, dim=2)] for each in (self.q, self.k, self.v)]
@@ -169,6 +180,19 @@ def code_on(shape: Shape, compiled: Any) -> Any:
     return compiled if shape.device.type == "cuda" else eager
 
 
+def runs_of(batch: Batch, part: Part) -> dict[str, Run]:
+    """A part by each kernel that compiled models may take."""
+    found = {"FlexAttention, any length": batch.attention(part, code_on(batch.shape, of_any_length))}
+    return found | ({"fused": batch.fused(part)} if batch.device.type == "cuda" else {})
+
+
+def chosen(layout: TokenLayout, shape: Shape) -> str:
+    """The kernel that compiled models take for a batch."""
+    heads = rates.Shape(shape.heads, shape.kv_heads, shape.width, shape.width, "bfloat16", False)
+    faster = shape.device.type == "cuda" and rates.refused(heads, CARD) is None and rates.beats_flex(heads, CARD)
+    return "fused" if faster and not needs.short_runs(layout) else "FlexAttention, any length"
+
+
 def sequence_of(area: int) -> int:
     """Tokens of a causal sequence with about that many visible pairs."""
     return max(1, round((2 * area) ** 0.5 / ROUNDED)) * ROUNDED
@@ -194,18 +218,23 @@ def compare(lengths: tuple[int, ...], sizes: Iterable[int], scheme: str, rounds:
     found: dict[str, Any] = {"lengths": lengths, "unsharded_seconds": unsharded, "error": 0.0}
     for sp in sizes:
         layout = token_layout(lengths, sp, scheme)
+        name_of_ours = chosen(layout, shape)
         for strategy in STRATEGIES[: 1 if sp == 1 else None]:
             ranks, outputs, planned = [], [], []
             for rank in range(sp):
                 part = part_of(layout, rank, strategy)
-                run = batch.attention(part, code_on(shape, of_any_length))
-                outputs.append(run())
+                by_kernel = runs_of(batch, part)
+                results = {name: run() for name, run in by_kernel.items()}
+                outputs.append(results[name_of_ours])
+                own = slice(layout.tokens_per_rank[rank])
+                for each in results.values():
+                    difference(each[:, :, own], results[name_of_ours][:, :, own])
                 tokens = sequence_of(part.area)
                 runs: dict[Any, Run] = {(tokens, name): each for name, each in of_area(tokens, shape).items()}
-                seconds = medians({"ours": run, **runs}, rounds)
-                ranks.append(rank_figures(part, seconds, seconds["ours"]))
+                seconds = medians({**by_kernel, **runs}, rounds)
+                ranks.append(rank_figures(part, seconds, seconds[name_of_ours]))
                 planned.append(medians({0: planning(batch, part)}, rounds, host_seconds)[0])
-                del run, runs
+                del by_kernel, results, runs
             restored = torch.cat(outputs, dim=2)[:, :, layout.restore_index.to(batch.device)]
             found["error"] = max(found["error"], difference(restored, expected))
             spent = [each["seconds"] for each in ranks]
@@ -215,6 +244,7 @@ def compare(lengths: tuple[int, ...], sizes: Iterable[int], scheme: str, rounds:
                 "sum_over_sp1": sum(spent) / unsharded["sp=1"],
                 "sum_over_best_unsharded": sum(spent) / min(unsharded.values()),
                 "plan_seconds": max(planned),
+                "kernel": name_of_ours,
                 "ranks": ranks,
             }
     return found
@@ -245,6 +275,7 @@ def rank_figures(part: Part, seconds: Mapping[Any, float], spent: float) -> dict
         "area": part.area,
         "seconds": spent,
         "of_that_area": others,
+        "by_kernel": {key: each for key, each in seconds.items() if isinstance(key, str)},
         "ratio": spent / min(others.values()),
         "ratio_to_flex": spent / others["FlexAttention"],
     }
@@ -288,7 +319,8 @@ def show(name: str, found: Mapping[str, Any]) -> None:
         slowest = max(ranks, key=lambda one: float(one["seconds"]))
         beside = ", ".join(f"{kernel} {value * 1e3:.2f}" for kernel, value in slowest["of_that_area"].items())
         print(
-            f"  {key:20} slowest {slowest['seconds'] * 1e3:8.2f} ({beside}), {slowest['ratio']:.2f}x of the best, "
+            f"  {key:20} by {each['kernel']}: slowest {slowest['seconds'] * 1e3:8.2f} ({beside}), "
+            f"{slowest['ratio']:.2f}x of the best, "
             f"{slowest['ratio_to_flex']:.2f}x of FlexAttention; slowest/mean {each['slowest_over_mean']:.3f}, "
             f"sum {each['sum_over_sp1']:.2f}x of sp=1, {each['sum_over_best_unsharded']:.2f}x of the best; "
             f"plan {each['plan_seconds'] * 1e3:.1f}"
@@ -329,6 +361,14 @@ def markdown(results: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def write(results: Mapping[str, Any], asked: argparse.Namespace) -> None:
+    """Write what was found so far, so that a part which fails loses no other."""
+    if asked.json:
+        asked.json.write_text(json.dumps(results, indent=2) + "\n")
+    if asked.markdown:
+        asked.markdown.write_text(markdown(results))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
@@ -340,20 +380,18 @@ def main() -> None:
     parser.add_argument("--tiles", type=int, nargs="*", default=[4096, 16384], help="tokens for the kernel tiles")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--markdown", type=Path, help="write the table here")
-    chosen = parser.parse_args()
-    if (chosen.device == "cuda") != torch.cuda.is_available():
-        parser.error(
-            f"--device {chosen.device} was given; pass the other, or hide or show GPUs by CUDA_VISIBLE_DEVICES"
-        )
-    device, smoke = torch.device(chosen.device), chosen.smoke
+    asked = parser.parse_args()
+    if (asked.device == "cuda") != torch.cuda.is_available():
+        parser.error(f"--device {asked.device} was given; pass the other, or hide or show GPUs by CUDA_VISIBLE_DEVICES")
+    device, smoke = torch.device(asked.device), asked.smoke
     if smoke:
-        chosen.rounds, chosen.tokens, chosen.sp, chosen.tiles = 1, [256], [1, 2], []
+        asked.rounds, asked.tokens, asked.sp, asked.tiles = 1, [256], [1, 2], []
     torch._dynamo.config.recompile_limit = 256  # one for each length of a sequence that stands for an area
     shapes = [Shape("Llama-3-8B", 32, 8, device), Shape("Qwen3-30B-A3B", 32, 4, device)]
     if smoke:
         shapes = [Shape(each.name, 8, each.kv_heads // 4, device, 16) for each in shapes]
     if device.type == "cpu":
-        chosen.tiles = []
+        asked.tiles = []
         print("left out on a CPU: the kernel tiles, cuDNN SDPA, peak memory; FlexAttention is eager here")
     parts: dict[str, Any] = {}
     command = " ".join(["python benchmarks/gpu.py", *sys.argv[1:]])
@@ -362,26 +400,27 @@ def main() -> None:
         for shape in shapes:
             if device.type == "cuda":
                 generalize(shape)
-            for tokens in chosen.tokens:
+            for tokens in asked.tokens:
                 for name, lengths in batches(tokens).items():
-                    found = compare(lengths, sorted({1, *chosen.sp}), chosen.scheme, chosen.rounds, shape)
+                    found = compare(lengths, sorted({1, *asked.sp}), asked.scheme, asked.rounds, shape)
                     parts[f"{shape.name}, {name}"] = found
                     show(name, found)
-            parts[f"{shape.name}, layout"] = layout_kernels(shape, 256 if smoke else 32768, chosen.rounds)
+                    write(results, asked)
+            parts[f"{shape.name}, layout"] = layout_kernels(shape, 256 if smoke else 32768, asked.rounds)
             code = with_lse if device.type == "cuda" else eager_with_lse
             context = 64 if smoke else 131072
-            parts[f"{shape.name}, decode"] = decode(shape, context, chosen.sp, chosen.rounds, decoding_mask, code)
+            write(results, asked)
+            parts[f"{shape.name}, decode"] = decode(shape, context, asked.sp, asked.rounds, decoding_mask, code)
+            write(results, asked)
             if not smoke or shape is shapes[0]:
                 tokens = 256 if smoke else 131072
-                parts[f"{shape.name}, layers"] = layers(shape, tokens, chosen.sp, chosen.rounds, smoke)
-                parts[f"{shape.name}, model"] = whole_model(shape, 64 if smoke else 8192, chosen.rounds, smoke)
-        for tokens in chosen.tiles:
-            results[f"tiles, {tokens} tokens"] = tiles(tokens, chosen.rounds, shapes[0])
+                parts[f"{shape.name}, layers"] = layers(shape, tokens, asked.sp, asked.rounds, smoke)
+                write(results, asked)
+                parts[f"{shape.name}, model"] = whole_model(shape, 64 if smoke else 8192, asked.rounds, smoke)
+        for tokens in asked.tiles:
+            results[f"tiles, {tokens} tokens"] = tiles(tokens, asked.rounds, shapes[0])
     print(markdown(results))
-    if chosen.json:
-        chosen.json.write_text(json.dumps(results, indent=2) + "\n")
-    if chosen.markdown:
-        chosen.markdown.write_text(markdown(results))
+    write(results, asked)
 
 
 def decoding_mask(operands: list[torch.Tensor], runs: torch.Tensor, rows: int, splits: int) -> BlockMask:
