@@ -66,7 +66,7 @@ class UnsupportedModelError(SPCompileError, TypeError):
 
 
 class FallbackError(SPCompileError, RuntimeError):
-    """``strict=True`` and an op had to be computed on gathered inputs."""
+    """``strict=True`` and an op fell back, to gathered inputs or to a slower kernel."""
 
 
 class PipelineError(SPCompileError, ValueError):

@@ -135,7 +135,7 @@ class ParallelModule(nn.Module):
             BatchError: inputs that cannot be laid out.
             RequestsMixedError: a batch from ``pack`` whose requests cannot be kept apart.
             CaptureError: the model does not capture into one graph.
-            FallbackError: an op had to be computed on gathered inputs and the configuration is strict.
+            FallbackError: an op fell back, to gathered inputs or a slower kernel, and the configuration is strict.
             RankMismatchError: ranks disagree on configuration, inputs or graph.
             RankFailedError: another rank raised or died.
         """
@@ -465,8 +465,8 @@ class ParallelModule(nn.Module):
         if self.compile_config.strict and program.fallbacks:
             each = program.fallbacks[0]
             raise FallbackError(
-                f"strict=True, but {each.op} ({each.source or 'no source line'}) is computed on gathered inputs: "
-                f"{each.reason}; {len(program.fallbacks)} such ops in all"
+                f"strict=True, but {each.op} ({each.source or 'no source line'}) falls back: {each.reason}; "
+                f"{len(program.fallbacks)} such ops in all"
             )
 
 
