@@ -381,7 +381,9 @@ class ParallelModule(nn.Module):
         """Whether batches of short runs may be computed by another kernel than others."""
         kernels = (each.kernel for each in self.pipeline if isinstance(each, PlanAttention))
         on_gpu = (self._code_for or device_of(self.module).type) == "cuda"
-        return on_gpu and step.cached != "more" and self.compile_config.codegen == "inductor" and "auto" in kernels
+        return (
+            on_gpu and step.cached in ("", "first") and self.compile_config.codegen == "inductor" and "auto" in kernels
+        )
 
     def _promised(self, named: Mapping[str, torch.Tensor], layout: TokenLayout) -> bool:
         """Whether the requests of the batch must be kept apart."""

@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sp_compile.kernels import calls, fused
-from sp_compile.kernels.calls import Calls, calls_of, windowed
+from sp_compile.kernels.calls import Call, Calls, calls_of, windowed
 from sp_compile.kernels.fused import Window
 from sp_compile.kernels.plan import plan_regions
 from sp_compile.kernels.regions import UNBOUNDED, Region, as_tensor
 from sp_compile.layout import token_layout
-from tests.test_fused import seen_by
+from tests.test_fused import as_flash_takes_it, seen_by
 from tests.test_kernels import DOCUMENTS, documents
 from tests.test_plan import counted
 
@@ -21,16 +21,22 @@ CPU = torch.device("cpu")
 FULL = torch.ones(1, 1, 1, 1, dtype=torch.bool)
 
 
+def _by_flash(call: Call, queries: int, keys: int) -> torch.Tensor:
+    """What flash computes of a rectangle of a call."""
+    return seen_by(as_flash_takes_it(*call.window, False, call.packed.most_keys), queries, keys)
+
+
 def counts_of(found: Calls, batch: int, queries: int, keys: int) -> torch.Tensor:
     """How often each pair is computed by calls, ``[batch, queries, keys]``."""
     seen = torch.zeros(batch, queries, keys, dtype=torch.int64)
     for call in found.calls:
-        for each in call.rectangles:
+        for each, alone in zip(call.rectangles, call.apart, strict=True):
+            assert torch.equal(_by_flash(alone, *each.sizes), seen_by(each.window, *each.sizes))
             at = torch.cat([torch.arange(*run) for run in each.keys])
             rows = range(batch) if each.row < 0 else [each.row]
             for row in rows:
                 seen[row, each.queries[0] : each.queries[1], at] += seen_by(each.window, *each.sizes).long()
-                assert torch.equal(seen_by(call.window, *each.sizes), seen_by(each.window, *each.sizes))
+                assert torch.equal(_by_flash(call, *each.sizes), seen_by(each.window, *each.sizes))
     return seen
 
 

@@ -51,23 +51,32 @@ def rectangles(lengths: tuple[Any, ...], *of_queries_and_keys: list[torch.Tensor
     return [list(each) for each in zip(*cut, strict=True)]
 
 
+def as_flash_takes_it(left: int, right: int, causal: bool, most_keys: int) -> Window:
+    """The window that torch's flash computes: none is as many keys as there are, beside another bound."""
+    left, right = (-1 if each >= most_keys else each for each in (left, 0 if causal else right))
+    return Window(most_keys if left < 0 <= right else left, most_keys if right < 0 <= left else right)
+
+
 def flash_forward(q: Any, k: Any, v: Any, cum_q: Any, cum_k: Any, max_q: int, max_k: int, drop: float, causal: bool,
                   debug: bool, *, scale: float, window_size_left: int, window_size_right: int) -> Any:  # fmt: skip
-    more = {"scale": scale, "window_size_left": window_size_left, "window_size_right": window_size_right}
-    if cum_q is not None:
-        parts = [flash_forward(*each, None, None, each[0].shape[1], each[1].shape[1], drop, causal, debug, **more)
-                 for each in rectangles((cum_q, cum_k, max_q, max_k), [q], [k, v])]  # fmt: skip
-        out, lse = torch.cat([each[0][0] for each in parts]), torch.cat([each[1][0] for each in parts], dim=1)
-        return out, lse, None, None, None
-    assert (cum_k, drop, debug) == (None, 0.0, False)
-    assert (q.shape[1], k.shape[1]) == (max_q, max_k)
+    assert (drop, debug) == (0.0, False)
     assert q.shape[-1] % 8 == 0
     assert q.shape[-1] == k.shape[-1] == v.shape[-1] <= 256
-    window = Window(window_size_left, 0 if causal else window_size_right)
-    seen = seen_by(window, max_q, max_k)
+    window = as_flash_takes_it(window_size_left, window_size_right, causal, max_k)
+    if cum_q is None:
+        assert cum_k is None
+        assert (q.shape[1], k.shape[1]) == (max_q, max_k)
+        return *_flash(q, k, v, window, scale), None, None, None
+    parts = [_flash(*each, window, scale) for each in rectangles((cum_q, cum_k, max_q, max_k), [q], [k, v])]
+    out, lse = torch.cat([each[0][0] for each in parts]), torch.cat([each[1][0] for each in parts], dim=1)
+    return out, lse, None, None, None
+
+
+def _flash(q: Any, k: Any, v: Any, window: Window, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    seen = seen_by(window, q.shape[1], k.shape[1])
     assert seen.any(dim=1).all(), "no row is without a key, for which flash has a value of its own"
     out, lse = dense(*(each.transpose(1, 2) for each in (q, k, v)), seen, scale=scale)
-    return out.transpose(1, 2).to(q.dtype), lse.float(), None, None, None
+    return out.transpose(1, 2).to(q.dtype), lse.float()
 
 
 def from_lse(q: Any, k: Any, v: Any, out: Any, lse: Any, grad: Any, scale: float, seen: torch.Tensor) -> Any:
@@ -85,19 +94,18 @@ def from_lse(q: Any, k: Any, v: Any, out: Any, lse: Any, grad: Any, scale: float
 def flash_backward(grad: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, cum_q: Any, cum_k: Any, max_q: int,
                    max_k: int, drop: float, causal: bool, state: Any, unused: Any, *, scale: float,
                    window_size_left: int, window_size_right: int) -> Any:  # fmt: skip
-    more = {"scale": scale, "window_size_left": window_size_left, "window_size_right": window_size_right}
-    if cum_q is not None:
-        parts = []
-        for of_grad, own, of_out, of_lse, *kv in rectangles(
-            (cum_q, cum_k, max_q, max_k), [grad, q, out, lse.T], [k, v]
-        ):
-            sizes = own.shape[1], kv[0].shape[1]
-            parts.append(flash_backward(of_grad, own, *kv, of_out, of_lse.transpose(1, 2), None, None, *sizes, drop,
-                                        causal, state, unused, **more))  # fmt: skip
-        return tuple(torch.cat([each[i][0] for each in parts]) for i in range(3))
-    seen = seen_by(Window(window_size_left, 0 if causal else window_size_right), max_q, max_k)
+    window = as_flash_takes_it(window_size_left, window_size_right, causal, max_k)
+    if cum_q is None:
+        return _flash_backward(grad, q, k, v, out, lse, window, scale)
+    parts = []
+    for of_grad, own, of_out, of_lse, *kv in rectangles((cum_q, cum_k, max_q, max_k), [grad, q, out, lse.T], [k, v]):
+        parts.append(_flash_backward(of_grad, own, *kv, of_out, of_lse.transpose(1, 2), window, scale))
+    return tuple(torch.cat([each[i][0] for each in parts]) for i in range(3))
+
+
+def _flash_backward(grad: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, window: Window, scale: float) -> Any:
     rows = (each.transpose(1, 2) for each in (q, k, v, out))
-    found = from_lse(*rows, lse, grad.transpose(1, 2), scale, seen)
+    found = from_lse(*rows, lse, grad.transpose(1, 2), scale, seen_by(window, q.shape[1], k.shape[1]))
     return tuple(each.transpose(1, 2).to(q.dtype) for each in found)
 
 

@@ -9,6 +9,7 @@ Letters: B batch, Q queries, K keys.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -112,6 +113,13 @@ class Call:
         """Rows of ``[B * K]``."""
         return self._rows([(each.row, each.keys) for each in self.rectangles], self.lengths[1])
 
+    @cached_property
+    def apart(self) -> list[Call]:
+        """Each rectangle as a call of its own."""
+        if len(self.rectangles) == 1:
+            return [self]
+        return [replace(self, rectangles=(each,), window=each.window) for each in self.rectangles]
+
     @property
     def rows(self) -> tuple[Rows, Rows, Rows]:
         """Those of queries, keys and values."""
@@ -124,10 +132,6 @@ class Call:
         ends = torch.from_numpy(np.concatenate([np.zeros((1, 2), dtype=np.int64), sizes.cumsum(axis=0)]))
         ends = ends.to(self.device, torch.int32)
         return Lengths(ends[:, 0].contiguous(), ends[:, 1].contiguous(), *sizes.max(axis=0).tolist())
-
-    def apart(self) -> list[Call]:
-        """Each rectangle as a call of its own."""
-        return [replace(self, rectangles=(each,)) for each in self.rectangles]
 
     def _rows(self, parts: Sequence[tuple[int, Sequence[Run]]], length: int) -> Rows:
         """Runs of a row of the batch, or of every row, as rows of all of so many each."""
@@ -260,17 +264,38 @@ def _rectangle(row: Sequence[Region]) -> Iterator[Rectangle]:
         return
     sizes = [each.k_end - each.k_start for each in row]
     high = row[-1].high if row[-1].high >= UNBOUNDED else row[-1].high + sum(sizes[:-1])
-    found = windowed(replace(row[0], k_start=0, k_end=sum(sizes), high=high))
+    for box, window in _no_taller(replace(row[0], k_start=0, k_end=sum(sizes), high=high)):
+        keys, begin = [], 0
+        for each, size in zip(row, sizes, strict=True):
+            cut = max(box.k_start, begin) - begin, min(box.k_end, begin + size) - begin
+            if cut[0] < cut[1]:
+                keys.append((each.k_start + cut[0], each.k_start + cut[1]))
+            begin += size
+        yield Rectangle(box.row, (box.q_start, box.q_end), tuple(_adjoined(keys)), window)
+
+
+def _no_taller(region: Region) -> Iterator[tuple[Region, Window]]:
+    """A band as rectangles whose windows flash does not take for others.
+
+    It takes a bound of as many keys as there are for none, and none beside a bound for that many; both hide or show
+    other keys where queries are more than keys. Rows that one bound does not reach are rectangles of their own then.
+    """
+    found = windowed(region)
     if found is None:
         return
-    box, window = found
-    keys, begin = [], 0
-    for each, size in zip(row, sizes, strict=True):
-        cut = max(box.k_start, begin) - begin, min(box.k_end, begin + size) - begin
-        if cut[0] < cut[1]:
-            keys.append((each.k_start + cut[0], each.k_start + cut[1]))
-        begin += size
-    yield Rectangle(box.row, (box.q_start, box.q_end), tuple(_adjoined(keys)), window)
+    box, (left, right) = found
+    rows, columns = box.q_end - box.q_start, box.k_end - box.k_start
+    if rows <= columns or (left < 0 and right < columns):
+        yield found
+        return
+    low = columns - rows - left if left >= 0 else -UNBOUNDED
+    high = columns - rows + right if right >= 0 else UNBOUNDED
+    edges = sorted({0, rows, *(min(max(each, 0), rows) for each in (columns - 1 - high, 1 - low))})
+    for start, end in itertools.pairwise(edges):
+        q_start = box.q_start + start
+        part = windowed(replace(box, q_start=q_start, q_end=box.q_start + end, low=low + start, high=high + start))
+        if part is not None:
+            yield part
 
 
 def _adjoined(runs: Sequence[Run]) -> list[Run]:
@@ -312,6 +337,8 @@ def _packed(rectangles: Sequence[Rectangle], most: int) -> list[tuple[list[Recta
 def _agrees(rectangle: Rectangle, window: Window) -> bool:
     """Whether a rectangle sees the same under another window: a bound that its size does not reach hides nothing."""
     queries, keys = rectangle.sizes
+    if window != rectangle.window and queries > keys:  # see _no_taller
+        return False
     left = window.left == rectangle.window.left or (rectangle.window.left < 0 and window.left >= keys - 1)
     right = window.right == rectangle.window.right or (rectangle.window.right < 0 and window.right >= queries - 1)
     return left and right

@@ -109,16 +109,19 @@ def _flex(need: Need) -> str | None:
 
 def _fused(need: Need) -> str | None:
     """Why torch's fused kernels cannot serve."""
+    reason = _fused_anywhere(need)
+    return refused(need.shape, _card()) if reason is None and torch.cuda.is_available() else reason
+
+
+def _fused_anywhere(need: Need) -> str | None:
+    """Why they cannot on any card."""
     if need.changes_scores or need.drops_weights or need.learns_rule:
         return "it does not change scores, add a bias or drop weights"
     if need.differentiable and need.lse:
         return "it has no gradients of the log-sum-exp, which the model uses"
     if need.kept_dtype is not None:
         return "it takes queries, keys and values of one dtype"
-    reason = fused.serves(need.device, [need.dtype], need.head_dim, need.value_dim)
-    if reason is not None or not torch.cuda.is_available():
-        return reason
-    return refused(need.shape, _card())
+    return fused.serves(need.device, [need.dtype], need.head_dim, need.value_dim)
 
 
 def _card() -> torch.device:
@@ -126,8 +129,8 @@ def _card() -> torch.device:
 
 
 def measured_faster(shape: Shape) -> bool:
-    """Whether fused kernels beat generated code on the GPU at hand; False where there is none."""
-    return torch.cuda.is_available() and beats_flex(shape, _card())
+    """Whether fused kernels run on the GPU at hand and beat generated code there; False where there is none."""
+    return torch.cuda.is_available() and refused(shape, _card()) is None and beats_flex(shape, _card())
 
 
 KERNELS: Mapping[str, Callable[[Need], str | None]] = {
@@ -146,7 +149,7 @@ def preferred(need: Need, faster: Callable[[Shape], bool] = measured_faster) -> 
         faster: as :func:`measured_faster`, in agreement with other ranks.
     """
     if need.device == "cuda" and need.compiled:
-        bands = not (need.steps or need.irregular or need.mask_per_head) and _fused(need) is None
+        bands = not (need.steps or need.irregular or need.mask_per_head) and _fused_anywhere(need) is None
         fused_first = not need.short and (need.differentiable or (bands and faster(need.shape)))
         return ("fused", "flex", "tiles") if fused_first else ("flex", "fused", "tiles")
     if need.device == "cuda":

@@ -6,6 +6,7 @@ driver or a version of torch does not have, or gets wrong, is passed over.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -18,14 +19,17 @@ import numpy as np
 import torch
 from torch.nn.attention.flex_attention import flex_attention
 
-from sp_compile.errors import KernelError
+from sp_compile.errors import ConfigError, KernelError
 from sp_compile.files import written_whole
 from sp_compile.kernels import fused
 from sp_compile.measure import least_seconds
 
 FOLDER = "SP_COMPILE_CACHE_DIR"
 SHORT, LONG = 512, 8192  # queries and keys for which a kernel is timed
-SQUARE, WIDE, PAIR = ([192], [192]), ([192], [256]), ([80, 192], [100, 256])  # ends of rectangles that are compared
+# ends of rectangles that are compared, one or two; windows that tall ones are not called with, and the others
+WIDE, TALL = [([192], [192]), ([192], [256]), ([80, 192], [100, 256])], [([256], [192]), ([80, 192], [100, 190])]
+WIDE_WINDOWS = (fused.CAUSAL, fused.Window(40, 0), fused.Window(40, -1))
+WINDOWS = (fused.EVERYTHING, fused.Window(-1, 80))
 ERROR = 0.02  # of the largest value, for bf16, whose steps are 2 ** -8 of a value
 PACKED = "packed flash"
 NOT_HERE = "does not run here"
@@ -125,10 +129,14 @@ def _known(name: str, shape: Shape, device: torch.device, measure: Callable[[str
     try:
         return Rate(**json.loads(file.read_text()))
     except (OSError, ValueError, TypeError):
-        found = measure(name, shape, device)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(file) as part:
-        part.write_text(json.dumps(asdict(found), indent=1))
+        try:
+            found = measure(name, shape, device)
+        except torch.OutOfMemoryError as error:  # which says nothing of the kernel, and is not kept
+            return Rate(refused=str(error).splitlines()[0])
+    with contextlib.suppress(OSError, ConfigError):  # a folder that takes no file; it is measured again then
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(file) as part:
+            part.write_text(json.dumps(asdict(found), indent=1))
     return found
 
 
@@ -138,19 +146,22 @@ def _file(name: str, shape: Shape, device: torch.device) -> Path:
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     of = f"{card} torch {torch.__version__} cuda {torch.version.cuda}".replace("/", "-")
     heads = "-".join(str(each) for each in asdict(shape).values())
-    return Path(os.environ.get(FOLDER) or default) / "rates" / of.replace(" ", "-") / heads / f"{name}.json"
+    return Path(os.environ.get(FOLDER) or default) / "kernels" / of.replace(" ", "-") / heads / f"{name}.json"
 
 
 def _measure(name: str, shape: Shape, device: torch.device) -> Rate:
     """Compare a kernel with the definition, then time it."""
     try:
-        for window in (fused.EVERYTHING, fused.CAUSAL, fused.Window(40, 0)):
-            for ends in [PAIR] if name == PACKED else [SQUARE, WIDE]:
-                if name == PACKED or fused.KERNELS[name].takes(window, ends[0][-1], ends[1][-1]):
+        for window in (*WINDOWS, *WIDE_WINDOWS):
+            for ends in [*WIDE, *(TALL if window in WINDOWS else [])]:
+                packed = len(ends[0]) > 1
+                if packed if name == PACKED else not packed and fused.KERNELS[name].takes(window, *map(max, ends)):
                     apart = _error(name, shape, window, ends, device)
                     if not apart <= ERROR:
                         return Rate(refused=f"its result is off by {apart:.1e} of the largest value")
         return _timed(lambda length: _run(name, shape, length, device), device)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         return Rate(refused=str(error).splitlines()[0])
 
@@ -166,6 +177,8 @@ def _measure_flex(name: str, shape: Shape, device: torch.device) -> Rate:
     try:
         with torch.no_grad():
             return _timed(run, device)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         return Rate(refused=str(error).splitlines()[0])
 

@@ -112,7 +112,7 @@ def _runs(calls: Calls, shape: Shape, device: torch.device) -> list[tuple[Call, 
     """Calls that the device's kernels can run, and whether each is the first of its queries."""
     packed = any(len(each.rectangles) > 1 for each in calls.calls) and packs(shape, device)
     pairs = zip(calls.calls, calls.fresh, strict=True)
-    return [(each, fresh) for call, fresh in pairs for each in ([call] if packed else call.apart())]
+    return [(each, fresh) for call, fresh in pairs for each in ([call] if packed else call.apart)]
 
 
 def _attend(
