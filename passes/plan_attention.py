@@ -99,8 +99,8 @@ def _need(program: Program, node: fx.Node) -> Need:
         head_dim=int(q.shape[-1]),
         value_dim=int(v.shape[-1]),
         lse=ops.attention_part(node, 1) is not None,
-        heads=int(q.shape[1]),
-        kv_heads=int(args.k.meta["val"].shape[1]),
+        heads=_heads(args.q),
+        kv_heads=_heads(args.k),
         empty_mean=args.empty_mean,
         mask_per_head=of_mask.per_head,
         changes_scores=assigns(args.rule, "score") or assigns(args.rule, "bias"),
@@ -113,6 +113,12 @@ def _need(program: Program, node: fx.Node) -> Need:
         short=program.short,
         irregular=bool(of_mask.tables) or any(map(_of_pairs, of_mask.operands)),
     )
+
+
+def _heads(node: fx.Node) -> int:
+    """Heads that a rank computes."""
+    found = placement(node)
+    return len(found.lists[0]) if isinstance(found, Heads) else int(node.meta["val"].shape[1])
 
 
 def _of_pairs(operand: fx.Node) -> bool:

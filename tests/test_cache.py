@@ -166,7 +166,8 @@ def test_what_is_fewer_bytes_goes_to_the_other(ranks, past: int, new: int, cross
 
 @pytest.mark.parametrize("kernel", ["tiles", "flex"])
 def test_a_cache_may_have_another_dtype_than_the_model(ranks, kernel: str):
-    for half, eighth in ranks(2).run(of_lower_precision, "cpu", kernel=kernel, codegen="eager"):
+    for half, eighth, used in ranks(2).run(of_lower_precision, "cpu", kernel=kernel, codegen="eager"):
+        assert used == {kernel}
         assert 1e-6 < half < 2e-2
         assert half < eighth < 0.3
 

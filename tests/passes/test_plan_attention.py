@@ -81,6 +81,20 @@ def masked(mask: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., torch.
     return forward
 
 
+@pytest.mark.parametrize(("attention", "heads"), [("allgather_kv", (4, 2)), ("ulysses", (2, 1))])
+def test_kernels_are_measured_for_the_heads_of_a_rank(
+    attention: str, heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+):
+    def grouped(self: Any, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        q, k, v = (each.unflatten(2, (-1, 8)).transpose(1, 2) for each in inputs_embeds.split([32, 16, 16], dim=2))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(2)
+
+    found: list[Need] = []
+    monkeypatch.setattr(plan_attention, "choose", lambda kernel, need, faster: found.append(need) or ("tiles", None))
+    after("plan_attention", grouped, embeds(64), attention=attention)
+    assert (found[-1].heads, found[-1].kv_heads) == heads
+
+
 def test_masks_that_are_read_by_pairs_are_irregular(monkeypatch: pytest.MonkeyPatch):
     def causal(x: torch.Tensor) -> torch.Tensor:
         rows = torch.arange(x.shape[1])
