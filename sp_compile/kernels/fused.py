@@ -56,17 +56,27 @@ class Lengths(NamedTuple):
     most_keys: int
 
 
+class Given(NamedTuple):
+    """What a backward takes; ``out`` and ``lse`` may be those of a softmax over further keys."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    out: torch.Tensor
+    lse: torch.Tensor
+    grad: torch.Tensor
+
+
 class Kernel(NamedTuple):
     """One of torch's kernels.
 
     Attributes:
         forward: output and log-sum-exp of ``q, k, v, scale, window``, for tensors as in :func:`attend`.
-        backward: gradients of ``q, k, v, out, lse, grad, scale, window``; ``out`` and ``lse`` may be those of a softmax
-            over further keys.
+        backward: gradients of a :class:`Given`, with ``scale`` and ``window``.
         takes: whether it computes a window over so many queries and keys.
     """
 
-    forward: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float, Window], Partial]
+    forward: Callable[..., Partial]
     backward: Callable[..., Gradients]
     takes: Callable[[Window, int, int], bool]
 
@@ -90,10 +100,7 @@ def attend(
     Returns:
         Output ``[B, H, Q, E]`` in q's dtype and natural log-sum-exp ``[B, H, Q]`` in fp32.
     """
-    width = v_BGKE.shape[-1]
-    q, k, v = (_padded(each, _width(q_BHQD, v_BGKE)) for each in (q_BHQD, k_BGKD, v_BGKE))
-    out, lse = KERNELS[name].forward(q, k, v, scale, window)
-    return out[..., :width], lse
+    return _unpadded(q_BHQD, k_BGKD, v_BGKE, partial(KERNELS[name].forward, scale=scale, window=window))
 
 
 def attend_backward(
@@ -106,7 +113,7 @@ def attend_backward(
     window: Window,
 ) -> Gradients:
     """Gradients of q, k and v of :func:`attend`, from the output and log-sum-exp over all keys that queries see."""
-    return _unpadded(qkv, out, lse, grad, partial(KERNELS[name].backward, scale=scale, window=window))
+    return _unpadded_backward(qkv, out, lse, grad, partial(KERNELS[name].backward, scale=scale, window=window))
 
 
 def attend_packed(
@@ -117,10 +124,7 @@ def attend_packed(
     Returns:
         Output ``[T, H, E]`` in q's dtype and natural log-sum-exp ``[H, T]`` in fp32.
     """
-    width = v_SGE.shape[-1]
-    q, k, v = (_padded(each, _width(q_THD, v_SGE)) for each in (q_THD, k_SGD, v_SGE))
-    out, lse = _flash_rows(q, k, v, lengths, scale, window)
-    return out[..., :width], lse
+    return _unpadded(q_THD, k_SGD, v_SGE, partial(_flash_rows, lengths=lengths, scale=scale, window=window))
 
 
 def attend_packed_backward(
@@ -133,20 +137,27 @@ def attend_packed_backward(
     window: Window,
 ) -> Gradients:
     """Gradients of q, k and v of :func:`attend_packed`, as :func:`attend_backward`."""
-    return _unpadded(qkv, out, lse, grad, partial(_flash_rows_backward, lengths=lengths, scale=scale, window=window))
+    backward = partial(_flash_rows_backward, lengths=lengths, scale=scale, window=window)
+    return _unpadded_backward(qkv, out, lse, grad, backward)
 
 
-def _unpadded(
+def _unpadded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, forward: Callable[..., Partial]) -> Partial:
+    """Output and log-sum-exp by a forward that takes heads of one width."""
+    out, lse = forward(*(_padded(each, _width(q, v)) for each in (q, k, v)))
+    return out[..., : v.shape[-1]], lse
+
+
+def _unpadded_backward(
     qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     out: torch.Tensor,
     lse: torch.Tensor,
     grad: torch.Tensor,
-    backward: Callable[..., Gradients],
+    backward: Callable[[Given], Gradients],
 ) -> Gradients:
     """Gradients by a backward that takes heads of one width and one dtype."""
     q, v, dtype = qkv[0], qkv[2], qkv[0].dtype
-    padded = (_padded(each.to(dtype), _width(q, v)) for each in (*qkv, out))
-    found = backward(*padded, lse.contiguous(), _padded(grad.to(dtype), _width(q, v)))
+    *padded, grad = (_padded(each.to(dtype), _width(q, v)) for each in (*qkv, out, grad))
+    found = backward(Given._make([*padded, lse.contiguous(), grad]))
     dq, dk, dv = (each[..., : own.shape[-1]] for each, own in zip(found, qkv, strict=True))
     return dq, dk, dv
 
@@ -175,19 +186,10 @@ def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, wind
     return out.transpose(1, 2), lse
 
 
-def _flash_backward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    grad: torch.Tensor,
-    scale: float,
-    window: Window,
-) -> Gradients:
-    lengths = Lengths(None, None, q.shape[2], k.shape[2])
-    q, k, v, out, grad = _rows_first(q, k, v, out, grad)
-    dq, dk, dv = _rows_first(*_flash_rows_backward(q, k, v, out, lse, grad, lengths, scale, window))
+def _flash_backward(given: Given, scale: float, window: Window) -> Gradients:
+    lengths = Lengths(None, None, given.q.shape[2], given.k.shape[2])
+    q, k, v, out, grad = _rows_first(*given[:4], given.grad)
+    dq, dk, dv = _rows_first(*_flash_rows_backward(Given(q, k, v, out, given.lse, grad), lengths, scale, window))
     return dq, dk, dv
 
 
@@ -202,19 +204,9 @@ def _flash_rows(
     return out, lse
 
 
-def _flash_rows_backward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    grad: torch.Tensor,
-    lengths: Lengths,
-    scale: float,
-    window: Window,
-) -> Gradients:
+def _flash_rows_backward(given: Given, lengths: Lengths, scale: float, window: Window) -> Gradients:
     found: Gradients = aten._flash_attention_backward(
-        grad, q, k, v, out, lse, *lengths, 0.0, window == CAUSAL, *_no_draws(q),
+        given.grad, *given[:5], *lengths, 0.0, window == CAUSAL, *_no_draws(given.q),
         scale=scale, window_size_left=window.left, window_size_right=window.right,
     )  # fmt: skip
     return found
@@ -230,16 +222,8 @@ def _cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, wind
     return out, lse.reshape(q.shape[:3])
 
 
-def _cudnn_backward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    grad: torch.Tensor,
-    scale: float,
-    window: Window,
-) -> Gradients:
+def _cudnn_backward(given: Given, scale: float, window: Window) -> Gradients:
+    q, k, v, out, lse, grad = given
     draws = (torch.zeros((), dtype=torch.int64, device=q.device) for _ in range(2))
     found: Gradients = aten._scaled_dot_product_cudnn_attention_backward(
         grad, q, k, v, out, lse.unsqueeze(-1), *draws, None, None, None, q.shape[2], k.shape[2], 0.0, window == CAUSAL,

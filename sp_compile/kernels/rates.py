@@ -26,7 +26,7 @@ from sp_compile.measure import least_seconds
 
 FOLDER = "SP_COMPILE_CACHE_DIR"
 SHORT, LONG = 512, 8192  # queries and keys for which a kernel is timed
-# ends of rectangles that are compared, one or two; windows that tall ones are not called with, and the others
+# ends of rectangles that are compared, one or two; windows that tall ones are not called with are WIDE_WINDOWS
 WIDE, TALL = [([192], [192]), ([192], [256]), ([80, 192], [100, 256])], [([256], [192]), ([80, 192], [100, 190])]
 WIDE_WINDOWS = (fused.CAUSAL, fused.Window(40, 0), fused.Window(40, -1))
 WINDOWS = (fused.EVERYTHING, fused.Window(-1, 80))
@@ -124,15 +124,17 @@ def _flex(shape: Shape, device: torch.device) -> Rate:
 
 
 def _known(name: str, shape: Shape, device: torch.device, measure: Callable[[str, Shape, torch.device], Rate]) -> Rate:
-    """A kernel's rate, from disk where it was measured before."""
+    """A kernel's rate, from disk where it was measured before; refused where it raises."""
     file = _file(name, shape, device)
     try:
         return Rate(**json.loads(file.read_text()))
     except (OSError, ValueError, TypeError):
         try:
             found = measure(name, shape, device)
-        except torch.OutOfMemoryError as error:  # which says nothing of the kernel, and is not kept
-            return Rate(refused=str(error).splitlines()[0])
+        except RuntimeError as error:
+            found = Rate(refused=str(error).splitlines()[0])
+            if isinstance(error, torch.OutOfMemoryError):  # which says nothing of the kernel, and is not kept
+                return found
     with contextlib.suppress(OSError, ConfigError):  # a folder that takes no file; it is measured again then
         file.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(file) as part:
@@ -151,19 +153,14 @@ def _file(name: str, shape: Shape, device: torch.device) -> Path:
 
 def _measure(name: str, shape: Shape, device: torch.device) -> Rate:
     """Compare a kernel with the definition, then time it."""
-    try:
-        for window in (*WINDOWS, *WIDE_WINDOWS):
-            for ends in [*WIDE, *(TALL if window in WINDOWS else [])]:
-                packed = len(ends[0]) > 1
-                if packed if name == PACKED else not packed and fused.KERNELS[name].takes(window, *map(max, ends)):
-                    apart = _error(name, shape, window, ends, device)
-                    if not apart <= ERROR:
-                        return Rate(refused=f"its result is off by {apart:.1e} of the largest value")
-        return _timed(lambda length: _run(name, shape, length, device), device)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        return Rate(refused=str(error).splitlines()[0])
+    for window in (*WINDOWS, *WIDE_WINDOWS):
+        for ends in [*WIDE, *(TALL if window in WINDOWS else [])]:
+            packed = len(ends[0]) > 1
+            if packed if name == PACKED else not packed and fused.KERNELS[name].takes(window, *map(max, ends)):
+                apart = _error(name, shape, window, ends, device)
+                if not apart <= ERROR:
+                    return Rate(refused=f"its result is off by {apart:.1e} of the largest value")
+    return _timed(lambda length: _run(name, shape, length, device), device)
 
 
 def _measure_flex(name: str, shape: Shape, device: torch.device) -> Rate:
@@ -174,13 +171,8 @@ def _measure_flex(name: str, shape: Shape, device: torch.device) -> Rate:
         q, k, v, _ = _inputs(shape, length, length, device)
         return lambda: compiled(q, k, v, enable_gqa=True, kernel_options={"BACKEND": "TRITON"})  # as models are lowered
 
-    try:
-        with torch.no_grad():
-            return _timed(run, device)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        return Rate(refused=str(error).splitlines()[0])
+    with torch.no_grad():
+        return _timed(run, device)
 
 
 def _timed(run: Callable[[int], Callable[[], Any]], device: torch.device) -> Rate:
