@@ -1,120 +1,51 @@
-"""Layout kernels, decoding, layers of emulated ranks and whole models on one device, for ``gpu.py``."""
+"""Layout kernels and decoding on one device, for ``gpu.py``."""
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from gpu_timing import LAYERS, Run, Shape, copying, difference, figure, host_seconds, medians
 
-import sp_compile
-from sp_compile.hardware import load_hardware
 from sp_compile.kernels import flex
 from sp_compile.layout import token_layout
 from sp_compile.ops import merge_partials
 from sp_compile.passes.lower_attention import as_parts, merged_parts
-from sp_compile.planning import Planner
 
-Run = Callable[[], Any]
 REQUESTS = 16
-LAYERS = 32  # that a step's plan is for
-TARGETS = {"bandwidth": (">=", 0.8), "time": ("<=", 1.0), "memory": ("<=", 1.1), "plan": ("<=", 0.1)}
-MODELS: dict[str, tuple[Any, Any, dict[str, int]]] = {
-    "Llama-3-8B": (LlamaForCausalLM, LlamaConfig, {"hidden_size": 4096, "intermediate_size": 14336}),
-    "Qwen3-30B-A3B": (
-        Qwen3MoeForCausalLM,
-        Qwen3MoeConfig,
-        {"hidden_size": 2048, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8},
-    ),
-}
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Heads of a model's attention, and where they are computed."""
-
-    name: str
-    heads: int
-    kv_heads: int
-    device: torch.device
-    width: int = 128
-
-    def random(self, heads: int, tokens: int) -> torch.Tensor:
-        """Bf16 ``[1, heads, tokens, width]``."""
-        return torch.randn(1, heads, tokens, self.width, device=self.device, dtype=torch.bfloat16)
+def pack(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """``[tokens, everything else]`` of keys and values, to be gathered in one collective."""
+    rows = [each.permute(2, 0, 1, 3).flatten(1) for each in (k, v)]
+    return torch.cat(rows, 1).clone(memory_format=torch.contiguous_format)
 
 
-def seconds_of(run: Run) -> float:
-    """Seconds of one run, by events on a GPU and by the clock on a CPU."""
-    if not torch.cuda.is_available():
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    run()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3
-
-
-def host_seconds(run: Run) -> float:
-    """Seconds of one run on the host, with what it sends to the GPU."""
-    start = time.perf_counter()
-    run()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def medians(runs: Mapping[Any, Run], rounds: int, measure: Callable[[Run], float] = seconds_of) -> dict[Any, float]:
-    """Median seconds of each; rounds visit all in turn, after one that is not counted."""
-    times: dict[Any, list[float]] = {key: [] for key in runs}
-    for i in range(rounds + 1):
-        for key, run in runs.items():
-            spent = measure(run)
-            if i:
-                times[key].append(spent)
-    return {key: statistics.median(each) for key, each in times.items()}
-
-
-def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Norm of the difference over the norm of what is expected; raises where it is not that of bf16."""
-    value = float((found.float() - expected.float()).norm() / expected.float().norm())
-    if not value < 2e-2:
-        raise ValueError(f"a result differs from its reference by {value:.1e} of its norm; at most 2e-2 was expected")
-    return value
-
-
-def figure(ratio: float, target: str, wrong: float, **more: float) -> dict[str, Any]:
-    """A ratio and whether it reaches its target."""
-    sign, limit = TARGETS[target]
-    met = ratio <= limit if sign == "<=" else ratio >= limit
-    return {"ratio": ratio, "target": f"{sign} {limit}", "met": met, "error": wrong, **more}
-
-
-def copying(count: int, device: torch.device) -> Run:
-    """A copy that reads and writes ``count`` bytes in all."""
-    source = torch.ones(max(1, count // 2), dtype=torch.uint8, device=device)
-    return lambda: source.clone()
+def merge(out: torch.Tensor, lse: torch.Tensor, parts_out: torch.Tensor, parts_lse: torch.Tensor) -> torch.Tensor:
+    """The last stage of a ring, whose partial outputs are in fp32."""
+    return merge_partials(out, lse, parts_out, parts_lse)[0].to(torch.bfloat16)
 
 
 def layout_kernels(shape: Shape, tokens: int, rounds: int) -> dict[str, Any]:
-    """Packing, reordering and merging against copies of as many bytes."""
-    k, v = (shape.random(shape.kv_heads, tokens) for _ in range(2))
+    """What compiled models run around collectives, against copies of as many bytes.
+
+    ``pack`` is what is gathered of keys and values, ``reorder`` cuts the rows of all ranks out of an input, ``restore``
+    brings the gathered rows of an output back to normal order, ``merge`` ends a ring.
+    """
+    k, v = (shape.random(shape.kv_heads, tokens).transpose(1, 2).contiguous().transpose(1, 2) for _ in range(2))
+    layout = token_layout((tokens,), 2)
+    index, restore = (each.to(shape.device) for each in (layout.local_index.reshape(-1), layout.restore_index))
     rows = shape.random(shape.heads, tokens)[0].transpose(0, 1).reshape(tokens, -1)
-    index = token_layout((tokens,), 2).local_index.reshape(-1).to(shape.device)
-    out, parts = shape.random(shape.heads, tokens), shape.random(shape.heads, tokens)[None]
-    lse, lses = (torch.randn(*kind.shape[:-1], device=shape.device) for kind in (out, parts))
+    padded = rows.index_select(0, index)
+    out, parts = (shape.random(shape.heads, tokens).float() for _ in range(2))
+    lse, lses = (torch.randn(*each.shape[:-1], device=shape.device) for each in (out, parts))
     cases: dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...]]] = {
-        "pack": (lambda *each: torch.cat(each), (k, v)),
-        "reorder": (lambda rows, index: rows.index_select(0, index), (rows, index)),
-        "merge": (lambda *each: merge_partials(*each)[0], (out, lse, parts, lses)),
+        "pack": (pack, (k, v)),
+        "reorder": (lambda whole, rows: whole.index_select(0, rows), (rows, index)),
+        "restore": (lambda gathered, rows: gathered.index_select(0, rows), (padded, restore)),
+        "merge": (merge, (out, lse, parts[None], lses[None])),
     }
     found = {}
     for name, (function, given) in cases.items():
@@ -123,7 +54,8 @@ def layout_kernels(shape: Shape, tokens: int, rounds: int) -> dict[str, Any]:
         wrong = difference(result, function(*given))
         moved = sum(each.nbytes for each in (*given, result))
         times = medians({"ours": lambda: code(*given), "copy": copying(moved, shape.device)}, rounds)  # noqa: B023
-        found[name] = figure(times["copy"] / times["ours"], "bandwidth", wrong, bytes_per_second=moved / times["ours"])
+        more = {"seconds": times["ours"], "bytes_per_second": moved / times["ours"]}
+        found[name] = figure(times["copy"] / times["ours"], "bandwidth", wrong, **more)
     return found
 
 
@@ -179,72 +111,3 @@ def _decoded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         scores = one @ keys.float().transpose(-1, -2) * q.shape[-1] ** -0.5
         parts.append((scores.softmax(-1) @ values.float()).reshape(1, -1, 1, q.shape[-1]))
     return torch.cat(parts, dim=2)
-
-
-def layers(shape: Shape, tokens: int, sizes: list[int], rounds: int, smoke: bool) -> dict[str, Any]:
-    """Two layers on every emulated rank, without the model's head: peak memory over what planning says of it.
-
-    Planned are the values around the widest product, and the keys and values that one layer gathers.
-    """
-    model = _model(shape, 2, tokens, smoke).model
-    lengths = [tokens - tokens // 3, tokens // 3]
-    ids = [torch.randint(0, model.config.vocab_size, (each,)) for each in lengths]
-    batch = {**sp_compile.pack(ids, device=shape.device), "use_cache": False}
-    work = sp_compile.parallelize(model, sp=1).work(batch)
-    planner, found = Planner(work, load_hardware("h100"), scheme="zigzag"), {}
-    with torch.no_grad():  # each alone, without a mask of all pairs
-        alone = [model(each[None].to(shape.device), use_cache=False).last_hidden_state for each in ids]
-    expected = torch.cat(alone, dim=1)
-    for sp in sizes:
-        emulation = sp_compile.emulate(model, batch, sp, outputs="full", attention="allgather_kv", scheme="zigzag")
-        wrong = difference(emulation.outputs.last_hidden_state, expected)
-        emulation = sp_compile.emulate(model, batch, sp, outputs="sharded", attention="allgather_kv", scheme="zigzag")
-        figures = emulation.figures(rounds).ranks
-        wanted = "prefill", sp, "local" if sp == 1 else "allgather_kv"
-        plans = (each for each in planner.plans(lengths, sp) if (each.kind, each.sp, each.strategy) == wanted)
-        planned = next(plans).memory - work.weights
-        peak = max(each.peak_bytes for each in figures)
-        more = {"peak_bytes": peak, "planned_bytes": planned, "slowest_seconds": max(each.seconds for each in figures)}
-        found[f"sp={sp}, peak over planned"] = figure(peak / planned, "memory", wrong, **more)
-        del emulation
-    return found
-
-
-def whole_model(shape: Shape, tokens: int, rounds: int, smoke: bool) -> dict[str, Any]:
-    """A model of four layers at sp=1 against eager and plain ``torch.compile``, with peak memory."""
-    model = _model(shape, 1 if smoke else 4, tokens, smoke)
-    ids = torch.randint(0, model.config.vocab_size, (1, tokens), device=shape.device)
-    models = {"eager": model, "compile": torch.compile(model), "ours": sp_compile.parallelize(model, sp=1)}
-    runs = {key: _forward(each, ids) for key, each in models.items()}
-    wrong = difference(runs["ours"](), runs["eager"]())
-    times = medians(runs, rounds)
-    best = min(times["eager"], times["compile"])
-    found = figure(times["ours"] / best, "time", wrong, **{f"{key}_seconds": each for key, each in times.items()})
-    if shape.device.type == "cuda":
-        found["peak_bytes"] = {key: _peak(run) for key, run in runs.items()}
-    return {"sp=1": found}
-
-
-def _model(shape: Shape, layers: int, tokens: int, smoke: bool) -> Any:
-    """A model with the heads of a shape."""
-    kind, config, sizes = MODELS[shape.name]
-    if smoke:
-        sizes = {key: min(value, 64) for key, value in sizes.items()}
-    heads = {"num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads, "head_dim": shape.width}
-    vocabulary = 512 if smoke else 32000
-    made = config(**sizes, **heads, num_hidden_layers=layers, vocab_size=vocabulary, max_position_embeddings=tokens)
-    return kind(made).to(shape.device, torch.float32 if smoke else torch.bfloat16).eval()
-
-
-def _forward(model: Any, ids: torch.Tensor) -> Run:
-    return lambda: model(input_ids=ids, use_cache=False).logits
-
-
-def _peak(run: Run) -> int:
-    """Bytes of a forward above what is allocated before."""
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    run()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
