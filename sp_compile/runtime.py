@@ -185,6 +185,8 @@ class ParallelModule(nn.Module):
         except BaseException:
             cache.rollback()
             raise
+        finally:
+            self._kept = Kept()
         return with_cache(result, cache)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -449,7 +451,7 @@ class ParallelModule(nn.Module):
             compiled.check_apart(step)
             if self._explained is not None:
                 raise _Explained(compiled, step)
-            self._last = compiled, step
+            self._last = compiled, replace(step, held=())
             values, self._kept = self._execute(compiled, inputs, step)
             return values
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
 import torch
 
 import sp_compile
+from sp_compile.compiled import Kept
 from sp_compile.errors import BatchError, CacheError, CacheFullError, RankMismatchError, RequestsMixedError
 from tests.models import llama
 from tests.on_device import of_lower_precision
@@ -365,6 +368,36 @@ def test_a_loaded_cache_knows_what_it_does_not_have(tmp_path):
     with pytest.raises(CacheError, match="nothing to save"):
         cache.save(tmp_path)
     assert (tmp_path / "layout.json").read_text() == before
+
+
+def test_a_model_keeps_nothing_of_a_cache_alive(monkeypatch: pytest.MonkeyPatch):
+    given, fails = [], False
+
+    def noting(cache: sp_compile.ShardedCache, kept: Kept) -> None:
+        given.extend(map(weakref.ref, kept.tensors))
+        if fails:
+            raise CacheError("not now")
+        commit(cache, kept)
+
+    commit = sp_compile.ShardedCache.commit
+    monkeypatch.setattr(sp_compile.ShardedCache, "commit", noting)
+    parallel = sp_compile.parallelize(llama(), sp=1, codegen="eager")
+    cache, ids = sp_compile.ShardedCache(parallel), tokens(1, 12)
+    with torch.no_grad():
+        for at, end in ((0, 9), (9, 11), (11, 12)):
+            fails = end == 12
+            try:
+                parallel(input_ids=ids[:, at:end], past_key_values=cache)
+            except CacheError:
+                assert fails
+    gc.collect()
+    assert len(given) == 12
+    assert all(each() is None for each in given)
+    held = [weakref.ref(each) for each in cache.tensors]
+    del cache
+    gc.collect()
+    assert all(each() is None for each in held)
+    assert "attention" in str(parallel.report()), "what the last forward ran is known all the same"
 
 
 def test_a_saved_fp8_cache_is_one_again(tmp_path):
