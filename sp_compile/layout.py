@@ -231,6 +231,7 @@ def token_layout(lengths: Sequence[int], sp: int, scheme: str = "zigzag", min_sh
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def _build(lengths: tuple[int, ...], sp: int, scheme: str, min_shard_length: int) -> TokenLayout:
     total = sum(lengths)
     narrow: Any = np.int32 if total < 2**31 else np.int64  # there are up to 2 * sp * requests blocks

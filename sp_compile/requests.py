@@ -26,6 +26,7 @@ INDEX, START = "request_index", "request_start"
 
 
 @lru_cache(maxsize=8)
+@torch.inference_mode(False)
 def request_inputs(lengths: tuple[int, ...], device: torch.device | None = None) -> Mapping[str, torch.Tensor]:
     """The index inputs of a row that holds requests of these lengths, each int64 ``[tokens]``.
 

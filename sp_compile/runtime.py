@@ -56,6 +56,7 @@ from sp_compile.training import check_labels, check_sums, check_weights, fresh_s
 from sp_compile.work import Work
 
 ISOLATE = "isolate_requests"
+INPUTS = 8  # layouts whose index inputs stay on the device
 HIDDEN_SIZE = 4096  # where the model does not tell
 
 
@@ -99,6 +100,7 @@ class ParallelModule(nn.Module):
         self._step: Step | None = None
         self._explained: Mapping[str, Any] | None = None
         self._kept = Kept()
+        self._rank_inputs = lru_cache(maxsize=INPUTS)(rank_inputs)
         self._differentiates = False
         self._trained: list[nn.Parameter] | None = None
         self.training = module.training
@@ -362,7 +364,7 @@ class ParallelModule(nn.Module):
 
     def _prepare(self, named: Mapping[str, torch.Tensor], layout: TokenLayout) -> Step:
         tokens = token_input(named)[1]
-        inputs = rank_inputs(layout, self.group, tokens.device)
+        inputs = self._rank_inputs(layout, self.group, tokens.device)
         if self._differentiates or self.training:
             inputs = {**inputs, "seed": fresh_seed(self._draw_alike, tokens.device)}
         step = Step(layout, inputs, self._promised(named, layout), outputs=self.compile_config.outputs)
@@ -490,7 +492,7 @@ def _with_signature_of(model: Callable[..., Any], run: Callable[..., Any]) -> Ca
     return forward
 
 
-@lru_cache(maxsize=8)
+@torch.inference_mode(False)  # they may be kept for a step that is differentiated
 def rank_inputs(layout: TokenLayout, group: Group, device: torch.device) -> dict[str, torch.Tensor]:
     """The index inputs of a group's rank, on a device."""
     found = index_inputs(layout, group.rank)

@@ -299,3 +299,22 @@ def test_data_parallel_ranks_average_whole_gradients(ranks, wrap: str):
     for rank, (found, loss) in enumerate(ranks(4).run(on_a_mesh, wrap, timeout=300)):
         assert apart(found, expected) <= EXACT
         assert loss == pytest.approx(losses[rank // 2], rel=EXACT)
+
+
+def served_then_trained(sp: int | None) -> float:
+    """How far gradients are from the unsharded model's, over lengths that a forward of inference had before."""
+    model, other = built("Llama"), built("Llama")
+    parallel = sp_compile.parallelize(model, sp=sp, codegen="eager")
+    requests = torch.arange(3, 23), torch.arange(5, 12)
+    batch = dict(sp_compile.pack(requests)) | {"attention_mask": torch.ones(1, 27, dtype=torch.int64)}
+    with torch.inference_mode():
+        parallel.eval()(**batch)
+    parallel.train()(**batch).logits.pow(2).mean().backward()
+    alone = [other(each[None]).logits for each in requests]  # with the mask the model itself would mix them
+    torch.cat(alone, dim=1).pow(2).mean().backward()
+    return apart(*({name: each.grad for name, each in of.named_parameters()} for of in (model, other)))
+
+
+def test_lengths_that_were_served_under_inference_mode_train(ranks):
+    assert served_then_trained(1) <= 1e-5
+    assert max(ranks(2).run(served_then_trained, None)) <= 1e-5

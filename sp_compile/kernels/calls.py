@@ -126,6 +126,7 @@ class Call:
         return self.queries, self.keys, self.keys
 
     @cached_property
+    @torch.inference_mode(False)
     def packed(self) -> Lengths:
         """Where the sequences begin and end."""
         sizes = np.asarray([each.sizes for each in self.rectangles])
@@ -133,6 +134,7 @@ class Call:
         ends = ends.to(self.device, torch.int32)
         return Lengths(ends[:, 0].contiguous(), ends[:, 1].contiguous(), *sizes.max(axis=0).tolist())
 
+    @torch.inference_mode(False)
     def _rows(self, parts: Sequence[tuple[int, Sequence[Run]]], length: int) -> Rows:
         """Runs of a row of the batch, or of every row, as rows of all of so many each."""
         starts = [(each * length, runs) for row, runs in parts for each in (range(self.batch) if row < 0 else [row])]

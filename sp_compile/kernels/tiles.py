@@ -203,6 +203,7 @@ def _blocks(region: Region) -> Iterator[Region]:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def _band_mask(rows: int, keys: int, low: int, high: int, dtype: torch.dtype) -> torch.Tensor:
     distance = torch.arange(keys)[None, :] - torch.arange(rows)[:, None]
     seen = (distance >= low) & (distance <= high)
