@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sp_compile.kernels.regions import UNBOUNDED, Region
 from sp_compile.kernels.strips import NARROW_STRIP, STRIP, Strip, strips
-from sp_compile.kernels.tiles import band_mask
+from sp_compile.kernels.tiles import _band_mask, band_mask
 
 FREE = st.sampled_from([-UNBOUNDED, UNBOUNDED])
 SIZES = st.integers(1, 200) | st.sampled_from([511, 512, 513, 1024, 1025, 1400, 2500])
@@ -131,3 +131,13 @@ def test_parts_are_not_merged_in_half_precision():
     found = strips(Region(-1, 0, 2000, 0, 2000, high=0), merging=False)
     ends = [each.q_end for each in sorted(found, key=lambda each: each.q_start)]
     assert [each.q_start for each in found] == [0, *ends[:-1]]  # no row is in two strips
+
+
+def test_few_masks_serve_triangles_of_any_size():
+    _band_mask.cache_clear()
+    for length in (700, 3000, 5555, 20_001):
+        for low, high in ((-UNBOUNDED, 0), (0, UNBOUNDED)):
+            for each in strips(Region(-1, 0, length, 0, length, low, high), merging=False):
+                if each.band is not None:
+                    band_mask(each.q_end - each.q_start, each.k_end - each.k_start, *each.band, torch.bfloat16)
+    assert _band_mask.cache_info().misses <= 2 * 7, "of 512, 1,024, ..., 32,768 keys, left and right"

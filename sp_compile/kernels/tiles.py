@@ -213,12 +213,16 @@ def _band_mask(rows: int, keys: int, low: int, high: int, dtype: torch.dtype) ->
 def band_mask(rows: int, keys: int, low: int, high: int, dtype: torch.dtype) -> torch.Tensor:
     """Additive mask ``[1, 1, rows, keys]`` of ``low <= j - i <= high``: 0 inside, -inf outside.
 
-    Lower triangles behind any number of keys are the right end of one mask, so that few are kept.
+    Strips of a lower triangle behind any number of keys are the corner of one mask, and so are those of an upper one
+    before them. Masks have sizes that are powers of two, so that few are kept.
     """
-    if low == -UNBOUNDED and rows <= STRIP:
-        whole = -(-keys // TRIANGLE) * TRIANGLE
-        return _band_mask(rows, whole, low, high + whole - keys, dtype)[..., whole - keys :]
-    return _band_mask(rows, keys, low, high, dtype)
+    if rows > STRIP or (low == -UNBOUNDED) == (high == UNBOUNDED):
+        return _band_mask(rows, keys, low, high, dtype)
+    whole = max(TRIANGLE, 1 << (keys - 1).bit_length())
+    if low == -UNBOUNDED:
+        missing = STRIP - rows, whole - keys
+        return _band_mask(STRIP, whole, low, high + missing[1] - missing[0], dtype)[..., missing[0] :, missing[1] :]
+    return _band_mask(STRIP, whole, low, high, dtype)[..., :rows, :keys]
 
 
 def added_to_scores(
