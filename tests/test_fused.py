@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -134,8 +133,8 @@ STAND_INS = SimpleNamespace(
 
 def forget() -> None:
     """What was measured, and the calls that were made."""
-    rates.measured.cache_clear()
-    rates._flex.cache_clear()
+    rates._tried.cache_clear()
+    rates._known.cache_clear()
     calls._calls_of.cache_clear()
 
 
@@ -169,7 +168,7 @@ def preferring(monkeypatch: pytest.MonkeyPatch, name: str, packing: bool = True)
     """Have one kernel be the fastest wherever it can be used."""
     known = {each: Rate(call=float(each != name)) for each in fused.KERNELS}
     known[PACKED] = Rate(refused="" if packing else "not here")
-    monkeypatch.setattr(rates, "measured", lru_cache(lambda shape, device: known))
+    monkeypatch.setattr(rates, "measured", lambda shape, device: known)
 
 
 # against the definition
@@ -268,9 +267,50 @@ def test_rates_are_measured_once_and_kept_on_disk(alone: Path, monkeypatch: pyte
     assert all(each.pair > 0 and not each.refused for each in found.values())
     kept = {each.stem: json.loads(each.read_text()) for each in alone.rglob("*.json")}
     assert {name: each["pair"] for name, each in kept.items()} == {name: each.pair for name, each in found.items()}
-    rates.measured.cache_clear()
-    monkeypatch.setattr(rates, "_measure", lambda *_: pytest.fail("it was measured before"))
-    assert rates.measured(SHAPE, CPU) == found
+    forget()
+    with monkeypatch.context() as patched:
+        patched.setattr(rates, "_measure", lambda *_: pytest.fail("it was measured before"))
+        assert rates.measured(SHAPE, CPU) == found
+    for place, name, other in ((torch.backends.cudnn, "version", lambda: 1), (rates, "sources", lambda: "of others")):
+        with monkeypatch.context() as patched:
+            patched.setattr(place, name, other)
+            patched.setattr(rates, "_measure", lambda *_: Rate(pair=7.0))
+            forget()
+            assert rates.measured(SHAPE, CPU)["flash"] == Rate(pair=7.0), "it was measured with another library"
+
+
+def test_what_a_kernel_raises_is_not_kept_on_disk(alone: Path, monkeypatch: pytest.MonkeyPatch):
+    asked = []
+
+    def failing(name: str, shape: Shape, device: torch.device) -> Rate:
+        asked.append(name)
+        raise RuntimeError("Failed to find C compiler\nmore")
+
+    monkeypatch.setattr(rates, "_measure", failing)
+    for _ in range(3):
+        assert rates.measured(SHAPE, CPU)["flash"].refused == "Failed to find C compiler"
+    assert sorted(asked) == ["cudnn", "flash", PACKED], "it is asked once in a process"
+    assert not [*alone.rglob("*.json")]
+
+
+def test_what_memory_did_not_suffice_for_is_tried_again(alone: Path, monkeypatch: pytest.MonkeyPatch):
+    now, asked = [1000.0], []
+
+    def scarce(name: str, shape: Shape, device: torch.device) -> Rate:
+        asked.append(name)
+        if len(asked) <= 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nmore")
+        return Rate(pair=2.0)
+
+    monkeypatch.setattr(rates, "_measure", scarce)
+    monkeypatch.setattr(rates.time, "monotonic", lambda: now[0])
+    for _ in range(3):
+        assert rates.measured(SHAPE, CPU)["flash"].refused == "CUDA out of memory."
+    assert len(asked) == 3, "not at every call"
+    assert not [*alone.rglob("*.json")]
+    now[0] += rates.AGAIN
+    assert rates.measured(SHAPE, CPU)["flash"] == Rate(pair=2.0)
+    assert {each.stem for each in alone.rglob("*.json")} == {"cudnn", "flash", PACKED}
 
 
 def test_a_kernel_that_is_wrong_or_missing_is_passed_over(alone: Path, monkeypatch: pytest.MonkeyPatch):
@@ -285,7 +325,7 @@ def test_a_kernel_that_is_wrong_or_missing_is_passed_over(alone: Path, monkeypat
     assert "off by" in rates.measured(SHAPE, CPU)["cudnn"].refused
     assert rates.fastest(SHAPE, EVERYTHING, 9000, 9000, CPU) == "flash"
     assert rates.refused(SHAPE, CPU) is None
-    rates.measured.cache_clear()
+    forget()
     for each in alone.rglob("*.json"):
         each.unlink()
     monkeypatch.setattr(fused, "aten", SimpleNamespace(**{**vars(STAND_INS), "_flash_attention_forward": missing}))
@@ -311,20 +351,28 @@ def test_packing_that_is_wrong_is_passed_over(alone: Path, monkeypatch: pytest.M
     assert rates.refused(SHAPE, CPU) is None
 
 
-@pytest.mark.parametrize(("pair", "refused", "faster"), [(3e-3, "", True), (1e-3, "", False), (0.0, "no code", True)])
+# a square of 64 by 64: 9.2 by cuDNN, 16.5 by flash
+@pytest.mark.parametrize(
+    ("planned", "flex", "faster"),
+    [(0, Rate(0.0, 3e-3), True), (0, Rate(0.0, 1e-3), False), (0, Rate(refused="no code"), True),
+     (0, Rate(0.0, 2.1e-3), False), (0, Rate(9.0, 1e-3), True),  # calls cost something
+     (64**2, Rate(0.0, 3e-3), True), (64**2 + 1, Rate(0.0, 3e-3), False)],  # cuDNN is not called for so little
+    ids=str,
+)  # fmt: skip
 def test_fused_kernels_beat_generated_code_by_what_is_measured(
-    alone: Path, monkeypatch: pytest.MonkeyPatch, pair: float, refused: str, faster: bool
+    alone: Path, monkeypatch: pytest.MonkeyPatch, planned: int, flex: Rate, faster: bool
 ):
     known = {"cudnn": Rate(1.0, 2e-3), "flash": Rate(0.1, 4e-3), PACKED: Rate(0.0, 0.0, "not here")}
-    monkeypatch.setattr(rates, "measured", lru_cache(lambda *_: known))
-    monkeypatch.setattr(rates, "_measure_flex", lambda *_: Rate(0.0, pair, refused))
+    monkeypatch.setattr(rates, "measured", lambda *_: known)
+    monkeypatch.setattr(rates, "_measure_flex", lambda *_: flex)
+    monkeypatch.setattr(fused, "PLANNED", planned)
     assert rates.beats_flex(SHAPE, CPU) == faster
 
 
 def test_generated_code_is_timed_for_any_length(alone: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(rates, "flex_attention", lambda q, k, v, **_: torch.nn.functional.scaled_dot_product_attention(
         q, k, v, enable_gqa=True))  # fmt: skip
-    found = rates._flex(Shape(4, 2, 16, 16, "float32", False), CPU)
+    found = rates._rate(rates.FLEX, Shape(4, 2, 16, 16, "float32", False), CPU)
     assert not found.refused
     assert found.call + found.pair > 0
     assert [each.stem for each in alone.rglob("*.json")] == ["FlexAttention"]
@@ -332,7 +380,7 @@ def test_generated_code_is_timed_for_any_length(alone: Path, monkeypatch: pytest
 
 def test_the_faster_kernel_is_taken_where_it_can_be(alone: Path, monkeypatch: pytest.MonkeyPatch):
     known = {"cudnn": Rate(1.0, 1e-3), "flash": Rate(0.1, 2e-3), PACKED: Rate(0.0, 0.0)}
-    monkeypatch.setattr(rates, "measured", lru_cache(lambda *_: known))
+    monkeypatch.setattr(rates, "measured", lambda *_: known)
     monkeypatch.setattr(fused, "PLANNED", 10)
     cases = {(EVERYTHING, 100, 100): "cudnn", (EVERYTHING, 2, 4): "flash", (EVERYTHING, 20, 20): "flash",
              (CAUSAL, 100, 100): "cudnn", (CAUSAL, 100, 101): "flash", (Window(5, 0), 100, 100): "flash"}  # fmt: skip

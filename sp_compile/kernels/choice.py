@@ -19,7 +19,7 @@ import torch
 
 from sp_compile.errors import KernelError
 from sp_compile.kernels import fused
-from sp_compile.kernels.rates import NOT_HERE, Shape, beats_flex, refused
+from sp_compile.kernels.rates import Shape, beats_flex, refused
 
 FLEX_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 E4M3, E4M3_SINCE = torch.float8_e4m3fn, (8, 9)  # the compute capability from which Triton reads it
@@ -108,13 +108,7 @@ def _flex(need: Need) -> str | None:
 
 
 def _fused(need: Need) -> str | None:
-    """Why torch's fused kernels cannot serve."""
-    reason = _fused_anywhere(need)
-    return refused(need.shape, _card()) if reason is None and torch.cuda.is_available() else reason
-
-
-def _fused_anywhere(need: Need) -> str | None:
-    """Why they cannot on any card."""
+    """Why torch's fused kernels cannot serve on any card."""
     if need.changes_scores or need.drops_weights or need.learns_rule:
         return "it does not change scores, add a bias or drop weights"
     if need.differentiable and need.lse:
@@ -133,6 +127,7 @@ def measured_faster(shape: Shape) -> bool:
     return torch.cuda.is_available() and refused(shape, _card()) is None and beats_flex(shape, _card())
 
 
+# why each cannot serve, by what it is
 KERNELS: Mapping[str, Callable[[Need], str | None]] = {
     "tiles": _serves_all,
     "flex": _flex,
@@ -142,6 +137,27 @@ KERNELS: Mapping[str, Callable[[Need], str | None]] = {
 }
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """Why a kernel cannot serve.
+
+    Attributes:
+        on_this_card: it was tried on the GPU at hand, where it fails; on others it may serve.
+    """
+
+    reason: str
+    on_this_card: bool = False
+
+
+def refusal(name: str, need: Need) -> Refusal | None:
+    """Why a kernel of :data:`KERNELS` cannot serve here; None where it can."""
+    reason = KERNELS[name](need)
+    if reason is not None:
+        return Refusal(reason)
+    here = refused(need.shape, _card()) if name == "fused" and torch.cuda.is_available() else None
+    return None if here is None else Refusal(here, on_this_card=True)
+
+
 def preferred(need: Need, faster: Callable[[Shape], bool] = measured_faster) -> tuple[str, ...]:
     """Kernels for a device, best first; see ``benchmarks/results``.
 
@@ -149,7 +165,7 @@ def preferred(need: Need, faster: Callable[[Shape], bool] = measured_faster) -> 
         faster: as :func:`measured_faster`, in agreement with other ranks.
     """
     if need.device == "cuda" and need.compiled:
-        bands = not (need.steps or need.irregular or need.mask_per_head) and _fused_anywhere(need) is None
+        bands = not (need.steps or need.irregular or need.mask_per_head) and _fused(need) is None
         fused_first = not need.short and (need.differentiable or (bands and faster(need.shape)))
         return ("fused", "flex", "tiles") if fused_first else ("flex", "fused", "tiles")
     if need.device == "cuda":
@@ -168,16 +184,17 @@ def choose(asked: str, need: Need, faster: Callable[[Shape], bool] = measured_fa
         KernelError: the kernel that was asked for cannot serve the node; says why and which can.
     """
     if asked == "auto":
-        passed = list[str]()
+        passed = dict[str, Refusal]()
         for name in preferred(need, faster):
-            reason = KERNELS[name](need)
-            if reason is None:
-                told = [each for each in passed if name == "tiles" or NOT_HERE in each]
+            found = refusal(name, need)
+            if found is None:
+                told = [f"kernel {passed_over}: {each.reason}" for passed_over, each in passed.items()
+                        if name == "tiles" or each.on_this_card]  # fmt: skip
                 return name, "; ".join(told) or None if need.device == "cuda" else None
-            passed.append(f"kernel {name}: {reason}")
+            passed[name] = found
         raise AssertionError("the last kernel of a device serves all")
-    reason = KERNELS[asked](need)
-    if reason is not None:
-        able = [name for name, refuses in KERNELS.items() if refuses(need) is None]
-        raise KernelError(f"kernel {asked!r} cannot serve: {reason}; pass kernel={' or '.join(map(repr, able))}")
+    found = refusal(asked, need)
+    if found is not None:
+        able = [name for name in KERNELS if refusal(name, need) is None]
+        raise KernelError(f"kernel {asked!r} cannot serve: {found.reason}; pass kernel={' or '.join(map(repr, able))}")
     return asked, None

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -19,6 +21,7 @@ import numpy as np
 import torch
 from torch.nn.attention.flex_attention import flex_attention
 
+from sp_compile.compat import sources
 from sp_compile.errors import ConfigError, KernelError
 from sp_compile.files import written_whole
 from sp_compile.kernels import fused
@@ -32,7 +35,8 @@ WIDE_WINDOWS = (fused.CAUSAL, fused.Window(40, 0), fused.Window(40, -1))
 WINDOWS = (fused.EVERYTHING, fused.Window(-1, 80))
 ERROR = 0.02  # of the largest value, for bf16, whose steps are 2 ** -8 of a value
 PACKED = "packed flash"
-NOT_HERE = "does not run here"
+FLEX = "FlexAttention"
+AGAIN = 60  # seconds after which what memory did not suffice for is tried again
 Ends = tuple[list[int], list[int]]  # of the queries and the keys of rectangles behind one another
 
 
@@ -73,6 +77,10 @@ class Rate:
     pair: float = 0.0
     refused: str = ""
 
+    def seconds(self, pairs: int) -> float:
+        """What a call over so many pairs takes."""
+        return self.call + self.pair * pairs
+
 
 def fastest(shape: Shape, window: fused.Window, queries: int, keys: int, device: torch.device) -> str:
     """The kernel for so many queries and keys.
@@ -81,23 +89,28 @@ def fastest(shape: Shape, window: fused.Window, queries: int, keys: int, device:
         KernelError: none runs here.
     """
     rates = {name: each for name, each in measured(shape, device).items() if name in fused.KERNELS}
-    pairs = queries * keys
-    able = {
-        name: rate.call + rate.pair * pairs
-        for name, rate in rates.items()
-        if not rate.refused and fused.KERNELS[name].takes(window, queries, keys)
-        if name != "cudnn" or pairs >= fused.PLANNED
-    }
+    able = _seconds(rates, window, queries, keys)
     if not able:
         reasons = "; ".join(f"{name}: {rate.refused}" for name, rate in rates.items() if rate.refused)
         raise KernelError(f"no fused kernel of torch runs here for {shape} ({reasons}); pass kernel='flex' or 'tiles'")
     return min(able, key=lambda name: able[name])
 
 
+def _seconds(rates: Mapping[str, Rate], window: fused.Window, queries: int, keys: int) -> dict[str, float]:
+    """What the kernels that may be called for a rectangle take for it."""
+    pairs = queries * keys
+    return {
+        name: rate.seconds(pairs)
+        for name, rate in rates.items()
+        if not rate.refused and fused.KERNELS[name].takes(window, queries, keys)
+        if name != "cudnn" or pairs >= fused.PLANNED
+    }
+
+
 def refused(shape: Shape, device: torch.device) -> str | None:
     """Why no fused kernel serves any window on this device; None where one does."""
     rate = measured(shape, device)["flash"]
-    return f"torch's flash attention {NOT_HERE}: {rate.refused}" if rate.refused else None
+    return f"torch's flash attention does not run here: {rate.refused}" if rate.refused else None
 
 
 def packs(shape: Shape, device: torch.device) -> bool:
@@ -106,35 +119,60 @@ def packs(shape: Shape, device: torch.device) -> bool:
 
 
 def beats_flex(shape: Shape, device: torch.device) -> bool:
-    """Whether a fused kernel takes less for a pair of a query and a key than FlexAttention's generated code."""
-    best = min(rate.pair for rate in measured(shape, device).values() if not rate.refused)
-    of_flex = _flex(shape, device)
-    return bool(of_flex.refused) or best < of_flex.pair
+    """Whether a fused kernel takes less than FlexAttention's generated code for as much as they are timed with.
+
+    That is a square which cuDNN may be called for. Smaller rectangles go to flash, whatever was faster here.
+    """
+    of_flex = _rate(FLEX, shape, device)
+    if of_flex.refused:
+        return True
+    rates = measured(shape, device)
+    able = _seconds({name: rates[name] for name in fused.KERNELS}, fused.EVERYTHING, LONG, LONG)
+    return min(able.values(), default=math.inf) < of_flex.seconds(LONG**2)
 
 
-@lru_cache(maxsize=256)
 def measured(shape: Shape, device: torch.device) -> dict[str, Rate]:
-    """The rates of all kernels, from disk where this device was measured before."""
-    return {name: _known(name, shape, device, _measure) for name in (*fused.KERNELS, PACKED)}
+    """The rates of torch's kernels, from disk where this device was measured before."""
+    return {name: _rate(name, shape, device) for name in (*fused.KERNELS, PACKED)}
 
 
-@lru_cache(maxsize=256)
-def _flex(shape: Shape, device: torch.device) -> Rate:
-    return _known("FlexAttention", shape, device, _measure_flex)
+def _rate(name: str, shape: Shape, device: torch.device) -> Rate:
+    """A kernel's rate; refused where it raises."""
+    return _tried(name, shape, device, int(time.monotonic() / AGAIN))
 
 
-def _known(name: str, shape: Shape, device: torch.device, measure: Callable[[str, Shape, torch.device], Rate]) -> Rate:
-    """A kernel's rate, from disk where it was measured before; refused where it raises."""
-    file = _file(name, shape, device)
+@lru_cache(maxsize=1024)
+def _tried(name: str, shape: Shape, device: torch.device, _: int) -> Rate:
+    """A rate for some time: that there is too little memory says nothing of the kernel."""
     try:
+        return _known(name, shape, device)
+    except torch.OutOfMemoryError as error:
+        return _refusing(error)
+
+
+def _refusing(error: RuntimeError) -> Rate:
+    return Rate(refused=(str(error).splitlines() or [type(error).__name__])[0])
+
+
+@lru_cache(maxsize=1024)
+def _known(name: str, shape: Shape, device: torch.device) -> Rate:
+    """A kernel's rate, from disk where it was measured before.
+
+    What it raises is known for this process only, since another may have the compiler or the driver that this one
+    lacks.
+
+    Raises:
+        OutOfMemoryError: there is too little memory to measure it.
+    """
+    file = _file(name, shape, device)
+    with contextlib.suppress(OSError, ValueError, TypeError):
         return Rate(**json.loads(file.read_text()))
-    except (OSError, ValueError, TypeError):
-        try:
-            found = measure(name, shape, device)
-        except RuntimeError as error:
-            found = Rate(refused=str(error).splitlines()[0])
-            if isinstance(error, torch.OutOfMemoryError):  # which says nothing of the kernel, and is not kept
-                return found
+    try:
+        found = (_measure_flex if name == FLEX else _measure)(name, shape, device)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        return _refusing(error)
     with contextlib.suppress(OSError, ConfigError):  # a folder that takes no file; it is measured again then
         file.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(file) as part:
@@ -143,10 +181,11 @@ def _known(name: str, shape: Shape, device: torch.device, measure: Callable[[str
 
 
 def _file(name: str, shape: Shape, device: torch.device) -> Path:
-    """Where a rate is kept: for a card, a version of torch, a shape and a kernel."""
+    """Where a rate is kept: for a card, versions of torch, its libraries and ours, a shape and a kernel."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sp_compile"
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    of = f"{card} torch {torch.__version__} cuda {torch.version.cuda}".replace("/", "-")
+    libraries = f"cuda {torch.version.cuda} cudnn {torch.backends.cudnn.version()}"
+    of = f"{card} torch {torch.__version__} {libraries} sp_compile {sources()[:16]}".replace("/", "-")
     heads = "-".join(str(each) for each in asdict(shape).values())
     return Path(os.environ.get(FOLDER) or default) / "kernels" / of.replace(" ", "-") / heads / f"{name}.json"
 
