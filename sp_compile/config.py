@@ -67,7 +67,8 @@ class CompileConfig(_Checked):
             done (reports say where not); ``never`` runs them all.
         gradients: when torch records what is computed: ``training``: in training mode; ``always``: in evaluation too,
             unless under ``torch.no_grad``.
-        strict: refuse ops that have no rule, instead of computing them on gathered inputs.
+        strict: refuse all that reports list as fallbacks when a program is made, such as ops on gathered inputs,
+            attention that was not raised, masks that were not lifted and kernels that do not run here.
         attention: strategy for attention, see the pass ``shard_attention``: ``allgather_kv``, ``fetch``, ``window``,
             ``local``, ``ring``, ``ulysses``, ``hybrid``, or ``auto`` for what is predicted to be fastest for the batch.
         ranks_per_node: how many adjacent ranks are a node, for ``hybrid``; null where that does not matter, or where

@@ -32,9 +32,13 @@ NUMBERED = re.compile(
 
 @dataclass(frozen=True)
 class Fallback:
-    """An op that was computed on gathered inputs, or a mask that could not be lifted.
+    """Ops that could not be done as they should: on gathered inputs, not raised, not lifted, by a slower kernel.
 
-    ``bytes`` are what its gathers bring to one rank, for the length the model was captured at.
+    Attributes:
+        op, source: the first one, and the model's line that it comes from.
+        count: how many there are with this reason, in other layers too.
+        bytes: what the gathers of one bring to one rank, for the length that the model was captured at.
+        reason: why.
     """
 
     op: str
@@ -74,7 +78,7 @@ class Program:
         fused_is_faster: whether torch's fused kernels beat generated code, in agreement with the other ranks.
         compiled: whether code is generated for the graph, or it runs as it is.
         differentiable: whether torch records gradients of its inputs.
-        fallbacks: what was computed on gathered inputs.
+        fallbacks: what could not be done as it should.
         local_inputs: fake inputs of the local graph, once shapes are local.
         symbols: sizes of the local graph by name: ``tokens``, ``shard_length``.
         hints: example values for them, where code must fit certain sizes.

@@ -71,7 +71,8 @@ class Report:
         strategies: by which each attention ran, in order.
         collectives: those of the local graph, in order.
         isolation: what the pass ``isolate_requests`` did to keep the requests apart; empty where the model does itself.
-        fallbacks: ops on gathered inputs, attention that was not raised and masks that were not lifted.
+        fallbacks: ops on gathered inputs, attention that was not raised or is computed by a slower kernel, masks that
+            were not lifted, and steps that are not replayed; all but these ``strict`` refuses.
         steps: what each pass did; with text of the graph only from ``explain``.
         bytes_by_formula: that reach the rank which gets most, for attention by its strategies and for outputs, but not
             between ranks of tensor parallelism; None on one rank, beside a cache, and where tokens are not spread.

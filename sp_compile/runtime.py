@@ -469,10 +469,10 @@ class ParallelModule(nn.Module):
 
     def _refuse_fallbacks(self, program: Program) -> None:
         if self.compile_config.strict and program.fallbacks:
-            each = program.fallbacks[0]
+            each, total = program.fallbacks[0], sum(each.count for each in program.fallbacks)
             raise FallbackError(
                 f"strict=True, but {each.op} ({each.source or 'no source line'}) falls back: {each.reason}; "
-                f"{len(program.fallbacks)} such ops in all"
+                + (f"in all, {total} ops do" if total > 1 else "nothing else does")
             )
 
 

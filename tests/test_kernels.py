@@ -474,3 +474,9 @@ def test_regions_may_be_computed_in_any_order(data: st.DataObject):
         data.draw(st.randoms(use_true_random=False)).shuffle(regions)
         found = attend("tiles", *qkv, operands, [], rule, 0.3, as_tensor(regions), None)
         assert_close(found, dense(*qkv, mask), torch.float64)
+
+
+def test_a_kernel_that_there_is_not_is_a_mistake():
+    for name in ("flex", "densest", ""):
+        with pytest.raises(AssertionError, match=f"no kernel '{name}'"):
+            attention(inputs(), [], "", name)

@@ -279,10 +279,12 @@ class Sorts(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.twice = False
         self.embed, self.head = torch.nn.Embedding(128, 8), torch.nn.Linear(8, 128)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return self.head(torch.cumsum(self.embed(input_ids), dim=1))
+        x = self.embed(input_ids)
+        return self.head(sum(torch.cumsum(x * scale, dim=1) for scale in range(1, 2 + self.twice)))
 
 
 def test_strict_refuses_what_would_fall_back_with_its_line():
@@ -290,8 +292,11 @@ def test_strict_refuses_what_would_fall_back_with_its_line():
     found = sp_compile.explain(model, {"input_ids": tokens(1, 9)}, sp=2).fallbacks
     assert [(each.op, each.count, each.bytes) for each in found] == [("aten.cumsum", 1, 9 * 8 * 4 // 2)]
     assert found[0].source.startswith("tests/test_parallelize.py:")
-    with pytest.raises(FallbackError, match=r"strict=True, but aten.cumsum \(tests/test_parallelize.py:\d+\)"):
-        sp_compile.explain(model, {"input_ids": tokens(1, 9)}, sp=2, strict=True)
+    for many, words in ((False, "nothing else does"), (True, "in all, 2 ops do")):
+        model.twice = many
+        told = rf"strict=True, but aten.cumsum \(tests/test_parallelize.py:\d+\) falls back: .*; {words}$"
+        with pytest.raises(FallbackError, match=told):
+            sp_compile.explain(model, {"input_ids": tokens(1, 9)}, sp=2, strict=True)
 
 
 def test_packed_requests_are_kept_apart_where_a_cache_or_a_mask_makes_the_model_mix_them():

@@ -18,6 +18,8 @@ from sp_compile.kernels.dense import Partial
 from sp_compile.kernels.plan import plan_regions
 from sp_compile.kernels.regions import as_regions, as_tensor
 
+HERE = ("tiles", "fused", "dense", "dense_fp64")  # flex is an operator of torch's, not called from here
+
 
 def attend(
     kernel: str,
@@ -31,8 +33,9 @@ def attend(
     plan: torch.Tensor | None,
     valid: torch.Tensor | None,
 ) -> Partial:
-    """Run one kernel; see :func:`sp_compile.ops.attention`."""
-    if kernel.startswith("dense"):
+    """Run one kernel of :data:`HERE`; see :func:`sp_compile.ops.attention`."""
+    assert kernel in HERE, f"no kernel {kernel!r}"
+    if kernel in ("dense", "dense_fp64"):
         wide = torch.float64 if kernel == "dense_fp64" else None
         out, lse = dense.attend(q, k, v, operands, tables, rule, scale, valid, wide)
         return out, lse.to(dense.accumulated(q.dtype))
@@ -54,6 +57,7 @@ def gradients(
     learned: Sequence[int],
 ) -> tuple[Gradients, list[torch.Tensor]]:
     """Gradients of an attention's q, k and v, and of operands and tables of these numbers."""
+    assert kernel in HERE, f"no kernel {kernel!r}"
     q, k, v = saved[:3]
     plan = _planned(q, k, operands, tables, rule, plan, valid)
     of_rule: list[torch.Tensor] = []
