@@ -37,7 +37,7 @@ SINGLE = [name for name, each in KINDS.items() if each.rows == 1]  # one row a b
 UNSCORED = [name for name in SINGLE if not KINDS[name].score]
 PADDED = [name for name, each in KINDS.items() if each.rows == 2]
 LENGTHS = (21, 301, 53, 3)  # code is generated for the first
-# one for a single token, one for fewer than 128 queries a rank
+# one for a single token, one for fewer than 128 queries a rank; where kernels are chosen, short batches have their own
 COMPILES = {
     "tiles": 2,
     "fused": 2,

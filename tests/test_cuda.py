@@ -10,7 +10,9 @@ import torch
 
 import sp_compile
 from sp_compile.kernels import fused
+from sp_compile.kernels.choice import E4M3_SINCE
 from sp_compile.kernels.rates import PACKED, Shape, measured
+from sp_compile.needs import short_runs
 from tests import training
 from tests.local_graphs import kernels_of
 from tests.models import gpt, llama
@@ -116,16 +118,18 @@ def prefill(sp: int | None, dtype: torch.dtype, codegen: str, **options: Any) ->
     exact, model = llama(torch.float64, **sizes), llama(dtype, **sizes).to(DEVICE)
     exact.load_state_dict(model.state_dict())
     parallel = sp_compile.parallelize(model, sp=sp, codegen=codegen, **options)
+    kinds = set[bool]()
     for lengths in RAGGED:
         requests = [torch.randint(3, 120, (length,), generator=torch.Generator().manual_seed(3)) for length in lengths]
         packed = sp_compile.pack(requests, device=DEVICE)
         with torch.no_grad():
             found = packed.split(parallel(**packed, use_cache=False).logits)
+            kinds.add(codegen == "inductor" and short_runs(parallel.layout))  # of which each has its programs
             for request, logits in zip(requests, found, strict=True):
                 own, right = (each(request[None].to(each.device), use_cache=False).logits for each in (model, exact))
                 assert_right(logits.cpu(), own.cpu(), right, dtype, f"{len(request)} of {lengths}")
     used = kernels_of(parallel)
-    assert parallel.compiles <= sum(COMPILES[each] for each in used)
+    assert parallel.compiles <= 1 + len(kinds) * (max(COMPILES[each] for each in used) - 1), "1 for a single token"
     return used
 
 
@@ -157,7 +161,8 @@ def test_greedy_generation_with_a_sharded_cache(staged: StagedPool, codegen: str
 
 def test_a_cache_of_another_dtype_than_the_model():
     half, eighth, used = of_lower_precision(DEVICE, sp=1)
-    assert used == {"flex"}
+    reads_fp8 = torch.cuda.get_device_capability() >= E4M3_SINCE
+    assert used == ({"flex"} if reads_fp8 else {"flex", "tiles"})
     assert 1e-6 < half < 2e-2
     assert half < eighth < 0.3
 
@@ -215,13 +220,16 @@ def test_a_training_step(staged: StagedPool, codegen: str, attention: str):
         assert double <= 1e-10
 
 
-def half_step(name: str, **options: Any) -> tuple[float, set[str]]:
-    """How much farther from the step in fp64 the loss and gradients in bf16 are than the unsharded step's."""
+def half_step(name: str, codegen: str, **options: Any) -> tuple[float, set[str], set[str]]:
+    """How much farther from the step in fp64 the loss and gradients in bf16 are than the unsharded step's.
+
+    Also the kernels that ran, and those that are to: generated code for short runs of rows.
+    """
     heads = {"head_dim": 16}
     own, other = (training.built(name, torch.bfloat16, **heads).to(DEVICE) for _ in range(2))
     exact = training.built(name, torch.bfloat16, **heads).double()
-    parallel = sp_compile.parallelize(own, **options)
-    worst = 0.0
+    parallel = sp_compile.parallelize(own, codegen=codegen, **options)
+    worst, wanted = 0.0, set[str]()
     for shape in ((1, 57), (2, 300)):
         step = training.batch_of(shape)
         on_card = {key: each.to(DEVICE) for key, each in step.items()}
@@ -231,14 +239,16 @@ def half_step(name: str, **options: Any) -> tuple[float, set[str]]:
             for model in (parallel, other)
         )
         worst = max(worst, *(float(ours[key] / theirs[key]) for key in right if theirs[key] > 0))
-    return worst, kernels_of(parallel)
+        wanted.add("flex" if codegen == "inductor" and short_runs(parallel.layout) else "fused")
+    return worst, kernels_of(parallel), wanted
 
 
 @pytest.mark.parametrize(("name", "codegen"), [("Llama", "inductor"), ("Mistral", "eager")])
 def test_half_precision_trains_by_fused_kernels(staged: StagedPool, name: str, codegen: str):
-    for worst, used in staged.run(half_step, name, codegen=codegen, attention="allgather_kv"):
+    for worst, used, wanted in staged.run(half_step, name, codegen, attention="allgather_kv"):
         assert worst <= 3
-        assert used == {"fused"}
+        assert used == wanted
+        assert "fused" in wanted
 
 
 @pytest.mark.parametrize(("name", "attention"), [("Llama", "allgather_kv"), ("Gemma2", "ulysses"), ("Mistral", "ring")])
