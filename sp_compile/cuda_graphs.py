@@ -19,6 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from sp_compile.compat import process_group
 from sp_compile.host_part import Parts, obstacle, split
+from sp_compile.lasting import lasting
 from sp_compile.mesh import backend_of
 from sp_compile.program import Fallback, Program
 
@@ -255,6 +256,7 @@ def _described(value: Any, static: bool) -> Any:
     return value.shape, value.stride(), value.dtype, value.device, value.data_ptr() if static else 0
 
 
+@lasting
 def _memory_like(tensor: torch.Tensor) -> torch.Tensor:
     """Memory of a tensor's shape and strides, with its values."""
     extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 
 from sp_compile.errors import BatchError, ConfigError, nearest
+from sp_compile.lasting import lasting
 
 
 def _cut(lengths: np.ndarray, blocks: int, block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -231,7 +232,7 @@ def token_layout(lengths: Sequence[int], sp: int, scheme: str = "zigzag", min_sh
 
 
 @lru_cache(maxsize=64)
-@torch.inference_mode(False)
+@lasting
 def _build(lengths: tuple[int, ...], sp: int, scheme: str, min_shard_length: int) -> TokenLayout:
     total = sum(lengths)
     narrow: Any = np.int32 if total < 2**31 else np.int64  # there are up to 2 * sp * requests blocks

@@ -18,6 +18,7 @@ import sympy
 import torch
 from torch import fx
 
+from sp_compile.lasting import lasting
 from sp_compile.program import Program, op_name
 from sp_compile.score_rule import Assignment, format_rule, parse
 from sp_compile.symbols import computed, is_tensor, shape_of
@@ -26,7 +27,7 @@ INDEX, START = "request_index", "request_start"
 
 
 @lru_cache(maxsize=8)
-@torch.inference_mode(False)
+@lasting
 def request_inputs(lengths: tuple[int, ...], device: torch.device | None = None) -> Mapping[str, torch.Tensor]:
     """The index inputs of a row that holds requests of these lengths, each int64 ``[tokens]``.
 

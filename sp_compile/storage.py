@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from sp_compile.lasting import lasting
 from sp_compile.ledger import Window
 
 
@@ -25,6 +26,7 @@ class Storage:
         valid: bool ``[slots]``, slots that hold a token.
     """
 
+    @lasting
     def __init__(
         self, window: Window, numbers: Sequence[int], kept: Sequence[torch.Tensor], dtype: torch.dtype | None
     ) -> None:
@@ -51,6 +53,7 @@ class Storage:
         """Whether someone else wrote into the tensors."""
         return self._versions != [each._version for each in self.tensors]
 
+    @lasting
     def reserve(self, slots: int, page: int) -> None:
         """Have at least so many slots, in whole pages, one of them at least.
 
@@ -64,6 +67,7 @@ class Storage:
             self.index, self.valid = (_extended(each, slots, 0) for each in (self.index, self.valid))
             self._seal()
 
+    @lasting
     def write(self, slots: torch.Tensor, rows: torch.Tensor, kept: Sequence[torch.Tensor]) -> None:
         """Store tokens.
 
@@ -76,11 +80,13 @@ class Storage:
         self.index[slots], self.valid[slots] = rows, True
         self._seal()
 
+    @lasting
     def number(self, slots: torch.Tensor, rows: torch.Tensor) -> None:
         """Say anew where in the whole row the tokens of all slots are; see :meth:`write`."""
         self.index = torch.zeros_like(self.index)
         self.index[slots.to(self.index.device)] = rows.to(self.index.device)
 
+    @lasting
     def keep_only(self, runs: np.ndarray) -> None:
         """Empty all slots but those in these ranges, int64 ``[runs, 2]``."""
         valid = torch.zeros_like(self.valid)
@@ -88,6 +94,7 @@ class Storage:
             valid[start:end] = True
         self.valid, self.index = valid, self.index * valid
 
+    @lasting
     def select_rows(self, indices: torch.Tensor) -> None:
         """Keep these rows of the batch, in this order."""
         self.tensors = [each.index_select(0, indices.to(each.device)) for each in self.tensors]

@@ -400,6 +400,19 @@ def test_a_model_keeps_nothing_of_a_cache_alive(monkeypatch: pytest.MonkeyPatch)
     assert "attention" in str(parallel.report()), "what the last forward ran is known all the same"
 
 
+def test_a_cache_goes_on_whether_under_inference_mode_or_not():
+    parallel = sp_compile.parallelize(llama(), sp=1, codegen="eager")
+    cache, ids = sp_compile.ShardedCache(parallel, page_size=4), tokens(2, 12)
+    with torch.no_grad():
+        expected = parallel.module(ids.flip(0), use_cache=False).logits
+    for at, end, mode in ((0, 5, torch.inference_mode), (5, 6, torch.no_grad), (6, 12, torch.inference_mode)):
+        with mode():
+            logits = parallel(ids[:, at:end], past_key_values=cache).logits
+            cache.reorder_cache(torch.tensor([1, 0]))
+            ids = ids.flip(0)
+    assert error(logits.clone().flip(0), expected[:, 6:]) <= 1e-5
+
+
 def test_a_saved_fp8_cache_is_one_again(tmp_path):
     saved(str(tmp_path), False, torch.float8_e4m3fn)
     parallel = sp_compile.parallelize(build(SAVED[False]), sp=1)

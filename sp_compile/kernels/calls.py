@@ -21,6 +21,7 @@ import torch
 from sp_compile.kernels import fused
 from sp_compile.kernels.fused import EVERYTHING, Lengths, Window
 from sp_compile.kernels.regions import UNBOUNDED, Region, as_regions
+from sp_compile.lasting import lasting
 
 COPIES = 2  # of the keys, which a call may make; the two chunks of a zigzag rank see little more than all keys
 KEPT = 16  # plans whose calls are kept, at most one for each kind of mask of a batch
@@ -126,7 +127,7 @@ class Call:
         return self.queries, self.keys, self.keys
 
     @cached_property
-    @torch.inference_mode(False)
+    @lasting
     def packed(self) -> Lengths:
         """Where the sequences begin and end."""
         sizes = np.asarray([each.sizes for each in self.rectangles])
@@ -134,7 +135,7 @@ class Call:
         ends = ends.to(self.device, torch.int32)
         return Lengths(ends[:, 0].contiguous(), ends[:, 1].contiguous(), *sizes.max(axis=0).tolist())
 
-    @torch.inference_mode(False)
+    @lasting
     def _rows(self, parts: Sequence[tuple[int, Sequence[Run]]], length: int) -> Rows:
         """Runs of a row of the batch, or of every row, as rows of all of so many each."""
         starts = [(each * length, runs) for row, runs in parts for each in (range(self.batch) if row < 0 else [row])]

@@ -22,6 +22,7 @@ from sp_compile.kernels.flash import flash, merge
 from sp_compile.kernels.plan import between, rows_of
 from sp_compile.kernels.regions import UNBOUNDED, Region, batch_rows
 from sp_compile.kernels.strips import STRIP, TRIANGLE, Strip, strips
+from sp_compile.lasting import lasting
 from sp_compile.score_rule import assigns, evaluate
 
 HELD_QUERIES, HELD_KEYS = 256, 4096  # of scores or biases that are held at once
@@ -203,7 +204,7 @@ def _blocks(region: Region) -> Iterator[Region]:
 
 
 @lru_cache(maxsize=64)
-@torch.inference_mode(False)
+@lasting
 def _band_mask(rows: int, keys: int, low: int, high: int, dtype: torch.dtype) -> torch.Tensor:
     distance = torch.arange(keys)[None, :] - torch.arange(rows)[:, None]
     seen = (distance >= low) & (distance <= high)
