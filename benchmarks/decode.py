@@ -22,8 +22,8 @@ from servers import Server, answer, serve, write
 
 import sp_compile
 from sp_compile import kernels
-from sp_compile.compiled import Kept
 from sp_compile.measure import machine, versions
+from sp_compile.steps import Kept
 
 CONTEXTS = [1024, 2048, 4096, 8192, 16384, 32768]
 STEPS = 8  # of which the median counts

@@ -12,7 +12,6 @@ import torch
 from transformers.cache_utils import Cache
 
 from sp_compile.cache_files import load, read_layout, save
-from sp_compile.compiled import Kept, Step, index_inputs
 from sp_compile.errors import CacheError
 from sp_compile.fetching import Extension
 from sp_compile.fingerprint import digest
@@ -21,6 +20,7 @@ from sp_compile.layout import token_layout
 from sp_compile.ledger import Ledger, Places, Shelf, Window
 from sp_compile.needs import padded
 from sp_compile.rows import ROW, BatchRows, PackedRows, check_kind, rows_for
+from sp_compile.steps import Kept, Step, index_inputs
 from sp_compile.storage import Storage
 
 if TYPE_CHECKING:

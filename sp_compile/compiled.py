@@ -2,143 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import fx
 
-from sp_compile import costs, cuda_graphs, needs, ops
+from sp_compile import costs, cuda_graphs, needs
+from sp_compile.analysis import Analysis, analyse, choices_of
 from sp_compile.codegen import LocalProgram
-from sp_compile.cuts import Cuts
 from sp_compile.errors import CacheError, StrategyError
-from sp_compile.isolation import Isolation, find_isolation
 from sp_compile.layout import TokenLayout
-from sp_compile.ledger import Window
 from sp_compile.masks import attention_rows
-from sp_compile.pipeline import PassStep, build_pipeline, run_pipeline
-from sp_compile.placements import Shard
-from sp_compile.program import Program, placement
-from sp_compile.report import Choice, Report, make_report
+from sp_compile.pipeline import PassStep
+from sp_compile.program import Program
+from sp_compile.report import Report, make_report
 from sp_compile.requests import request_inputs
-from sp_compile.strategies import Site, applicable, refused
-from sp_compile.strategies.base import Made, unmoved
+from sp_compile.steps import Kept, Kind, Step
 from sp_compile.work import Work, work_of
-
-
-class Kind(NamedTuple):
-    """What sets the programs of one captured graph apart.
-
-    Attributes:
-        isolated, cached, cache_dtype, outputs, counted, short, strategies: as in
-            :class:`~sp_compile.program.Program`.
-    """
-
-    isolated: bool = False
-    cached: str = ""
-    cache_dtype: torch.dtype | None = None
-    outputs: str = "full"
-    counted: bool = False
-    short: bool = False
-    strategies: tuple[str, ...] = ()
-
-
-ANALYSED = ("normalize", "raise_attention", "isolate_requests", "shard_tokens", "propagate_placements")
-
-
-@dataclass(frozen=True)
-class Step:
-    """What a running forward knows.
-
-    Attributes:
-        layout: who holds which rows.
-        index_inputs: those of this rank.
-        promised: the requests must be kept apart.
-        isolated: by the pass ``isolate_requests``, since the model does not.
-        cached: as in :class:`~sp_compile.program.Program`; the layout then is that of the new tokens.
-        rows: tokens of each request, those of earlier calls included; None for the layout's.
-        held, windows: the tensors of the cache on this rank, and how far back each is seen.
-        cache_dtype, outputs, counted, short, strategies: as in :class:`~sp_compile.program.Program`.
-        asked: gives the strategies that are asked for so many attentions, where some are ``auto``.
-    """
-
-    layout: TokenLayout
-    index_inputs: Mapping[str, torch.Tensor]
-    promised: bool
-    isolated: bool = False
-    cached: str = ""
-    rows: tuple[int, ...] | None = None
-    held: Sequence[torch.Tensor] = ()
-    windows: Sequence[Window] = ()
-    cache_dtype: torch.dtype | None = None
-    outputs: str = "full"
-    counted: bool = False
-    short: bool = False
-    strategies: tuple[str, ...] = ()
-    asked: Callable[[int], Sequence[str]] | None = None
-
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        """Tokens of each request in the whole graph's view."""
-        return self.layout.lengths if self.rows is None else self.rows
-
-    @property
-    def apart(self) -> bool:
-        """Whether no request of the layout sees another."""
-        return self.promised or len(self.layout.lengths) == 1
-
-    @property
-    def kind(self) -> Kind:
-        """What program of a graph the step runs."""
-        return Kind(*(getattr(self, each) for each in Kind._fields))
-
-    def sizes(self) -> dict[str, int]:
-        """True values of the sizes that are symbols."""
-        found = {"tokens": sum(self.lengths), "shard_length": self.layout.shard_length}
-        if self.cached:
-            found |= {"new_tokens": self.layout.tokens, "kept": self.index_inputs["kept_rows"].numel()}
-        sizes = {"held_index": "slots", "held_runs": "runs", "picked_queries": "queries", "picked_past": "past",
-                 "fetch_rows": "sent", "fetched_rows": "fetched"}  # fmt: skip
-        for name, each in self.index_inputs.items():
-            what, _, number = name.rpartition("_")
-            if what in sizes:
-                found[f"{sizes[what]}_{number}"] = len(each)
-            elif what == "fetch_counts":
-                found[f"sent_rows_{number}"] = int(each[0].sum())
-        return found
-
-
-@dataclass(frozen=True)
-class Kept:
-    """What a forward gives back for its cache.
-
-    Attributes:
-        tensors: keys and values to keep.
-        windows, query_bytes: as :attr:`~sp_compile.program.Program.kept` and ``query_bytes``.
-    """
-
-    tensors: Sequence[torch.Tensor] = ()
-    windows: Sequence[Window] = ()
-    query_bytes: Mapping[Window, int] = field(default_factory=dict)
-
-
-def index_inputs(layout: TokenLayout, rank: int, rows: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-    """The index inputs of a rank, on the host.
-
-    Args:
-        rows: int64 ``[tokens]``, numbers of the layout's tokens in the whole graph's row, where that has more.
-    """
-    local, gathered = layout.local_index[rank], layout.local_index.reshape(-1)
-    return {
-        "local_index": local if rows is None else rows[local],
-        "local_valid": layout.valid[rank],
-        "gathered_index": gathered if rows is None else rows[gathered],
-        "gathered_valid": layout.valid.reshape(-1),
-        "restore_index": layout.restore_index,
-        "rank": torch.tensor(rank),
-    }
 
 
 @dataclass
@@ -193,67 +76,6 @@ class Ready:
         return list(self.variant.local(self.inputs, self.sizes))
 
 
-@dataclass
-class Analysis:
-    """What is known of a graph, with its requests isolated or not, and the mixes of lengths that were checked."""
-
-    isolation: Isolation
-    names: list[str]
-    program: Program
-    apart: set[tuple[tuple[int, ...], bool]] = field(default_factory=set)
-    _refused: dict[bool, list[dict[str, str]]] = field(default_factory=dict)
-    _attentions: dict[bool, list[costs.Attention]] = field(default_factory=dict)
-
-    def attentions(self, counted: bool) -> list[costs.Attention]:
-        """What decides by which strategies the attentions run, read once.
-
-        Args:
-            counted: as in :class:`~sp_compile.program.Program`.
-        """
-        if counted not in self._attentions:
-            self.program.counted = counted
-            cuts, made = Cuts(self.program, self.program.operations_per_byte), Made()
-            sites = [Site(self.program, each, made) for each in ops.attention_nodes(self.program.graph)]
-            self._attentions[counted] = [_described(each, cuts) for each in sites]
-            self._refused[counted] = [refused(each) for each in sites]
-        return self._attentions[counted]
-
-    def refused(self, counted: bool) -> list[dict[str, str]]:
-        """The strategies that each attention cannot run by, and why."""
-        self.attentions(counted)
-        return self._refused[counted]
-
-
-def _described(site: Site, cuts: Cuts) -> costs.Attention:
-    q, k, v = (each.meta["val"] for each in site.args[:3])
-    sources = [unmoved(each) for each in (site.args.k, site.args.v)]
-    spread = [*dict.fromkeys(each for each in sources if placement(each) == Shard(2))]
-    return costs.Attention(
-        reach=site.reach,
-        heads=int(q.shape[1]),
-        kv_heads=int(k.shape[1]),
-        dims=int(k.shape[3] + v.shape[3]),
-        itemsize=k.element_size(),
-        crossing=cuts.price(spread) if spread else 0.0,
-        applicable=tuple(applicable(site)),
-    )
-
-
-def _choices(
-    attentions: Sequence[costs.Attention],
-    ran_by: Sequence[str],
-    reasons: Sequence[dict[str, str]],
-    found: Mapping[costs.Attention, Mapping[str, costs.Predicted]],
-) -> Iterator[Choice]:
-    """What each strategy would take, and why others cannot run, attentions of a kind together."""
-    kinds: dict[tuple[costs.Attention, str], list[int]] = {}
-    for i, kind in enumerate(zip(attentions, ran_by, strict=True)):
-        kinds.setdefault(kind, []).append(i)
-    for (attention, name), numbers in kinds.items():
-        by_time = sorted(found[attention].items(), key=lambda each: each[1].seconds)
-        yield Choice(numbers, name, {each: taken.seconds for each, taken in by_time}, reasons[numbers[0]])
-
-
 class Compiled:
     """A captured graph, ready to run: as it is, and with its requests isolated or with a cache once that is needed.
 
@@ -303,10 +125,10 @@ class Compiled:
         if not step.promised or (len(lengths) == 1 and not growing):
             return
         analysis = self._analysis(step.isolated)
-        if (lengths, growing) not in analysis.apart:
+        if (lengths, growing) not in analysis.checked:
             analysis.isolation.check(self._named(analysis), lengths, growing)
             if analysis.isolation.lasting:
-                analysis.apart.add((lengths, growing))
+                analysis.checked.add((lengths, growing))
 
     def variant(self, kind: Kind) -> Variant:
         """The program, made at the first call."""
@@ -359,7 +181,7 @@ class Compiled:
             return report
         found = {each: self._predict(step.layout, each, step.apart) for each in {*attentions}}
         ran = [found[each].get(name) for each, name in zip(attentions, ran_by, strict=True)]
-        choices = _choices(attentions, ran_by, analysis.refused(step.counted), found)
+        choices = choices_of(attentions, ran_by, analysis.refused(step.counted), found)
         return replace(report, bytes_by_formula=self._bytes(ran, variant.program, step), choices=list(choices))
 
     def _bytes(self, ran: Sequence[costs.Predicted | None], program: Program, step: Step) -> int | None:
@@ -390,13 +212,7 @@ class Compiled:
 
     def _analysis(self, isolated: bool) -> Analysis:
         if isolated not in self._analyses:
-            program = self._capture(2)
-            program.isolated = isolated
-            names = [node.name for node in program.graph.find_nodes(op="placeholder")]
-            run_pipeline(program, build_pipeline(ANALYSED), verify=False)
-            on_meta = any(_is_meta(node) for node in program.graph.find_nodes(op="placeholder"))
-            isolation = find_isolation(program, torch.device("cpu") if on_meta else None)
-            self._analyses[isolated] = Analysis(isolation, names, program)
+            self._analyses[isolated] = analyse(self._capture(2), isolated)
         return self._analyses[isolated]
 
 
@@ -411,8 +227,3 @@ def _measured(program: Program) -> dict[str, tuple[int, int]]:
                 if isinstance(size, torch.SymInt) and size.node.expr in names:
                     found.setdefault(names[size.node.expr], (i, dim))
     return found
-
-
-def _is_meta(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and value.is_meta

@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from sp_compile.compiled import Compiled, Kept, Ready, Step
+from sp_compile.compiled import Compiled, Ready
 from sp_compile.config import CompileConfig
 from sp_compile.delivery import Lockstep, Replay, seated, stand_in
 from sp_compile.inputs import forward_options
 from sp_compile.measure import PeakMemory, median_seconds, synchronize
 from sp_compile.mesh import Group
 from sp_compile.report import Report
-from sp_compile.runtime import ParallelModule, device_of, rank_inputs
+from sp_compile.runtime import ParallelModule, device_of
+from sp_compile.steps import Kept, Step, rank_inputs
 
 
 @dataclass(frozen=True)

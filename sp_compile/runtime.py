@@ -16,7 +16,7 @@ from torch import fx, nn
 
 from sp_compile import fingerprint, processes
 from sp_compile.capture import Captured
-from sp_compile.compiled import Compiled, Kept, Kind, Step, index_inputs
+from sp_compile.compiled import Compiled
 from sp_compile.config import CompileConfig
 from sp_compile.costs import Attention, Predicted, measured_rates, predicted, rates_of
 from sp_compile.cuda_graphs import graphs_for
@@ -52,6 +52,7 @@ from sp_compile.passes.shard_attention import ShardAttention
 from sp_compile.pipeline import Pass, PassStep, build_pipeline, run_pipeline
 from sp_compile.program import Program
 from sp_compile.report import Report
+from sp_compile.steps import Kept, Kind, Step, rank_inputs
 from sp_compile.training import check_labels, check_sums, check_weights, fresh_seed, seed_groups
 from sp_compile.work import Work
 
@@ -283,8 +284,7 @@ class ParallelModule(nn.Module):
         if kind.cached and all(each.name != "shard_cache" for each in self.pipeline):
             raise CacheError("the pipeline has no shard_cache; add it behind shard_attention to run with a cache")
         program = self._at(captured.program(self.group.size, self.group.name, kind.outputs))
-        program.isolated, program.cached, program.cache_dtype = kind.isolated, kind.cached, kind.cache_dtype
-        program.counted, program.short, program.strategies = kind.counted, kind.short, kind.strategies
+        program = replace(program, **vars(kind))
         program.hints, program.device = hints or {}, self._code_for
         program.fused_is_faster = self._fused_is_faster
         program.compiled = self.compile_config.codegen == "inductor"
@@ -490,14 +490,3 @@ def _with_signature_of(model: Callable[..., Any], run: Callable[..., Any]) -> Ca
         return run(*args, **kwargs)
 
     return forward
-
-
-@torch.inference_mode(False)  # they may be kept for a step that is differentiated
-def rank_inputs(layout: TokenLayout, group: Group, device: torch.device) -> dict[str, torch.Tensor]:
-    """The index inputs of a group's rank, on a device."""
-    found = index_inputs(layout, group.rank)
-    if group.nodes is not None:
-        node, rank = divmod(group.rank, group.nodes.size)
-        of_node = layout.local_index[node * group.nodes.size :][: group.nodes.size]
-        found |= {"node_index": of_node.reshape(-1), "node_rank": torch.tensor(rank)}
-    return {name: each.to(device) for name, each in found.items()}

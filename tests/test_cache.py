@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import sp_compile
-from sp_compile.compiled import Kept
 from sp_compile.errors import BatchError, CacheError, CacheFullError, RankMismatchError, RequestsMixedError
+from sp_compile.steps import Kept
 from tests.models import llama
 from tests.on_device import of_lower_precision
 from tests.zoo.models import build, tokens

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 import sp_compile
 from sp_compile import mesh
-from sp_compile.compiled import Kept, Step
 from sp_compile.errors import CacheError, CacheFullError
+from sp_compile.steps import Kept, Step
 from sp_compile.storage import Storage
 
 pytest.importorskip("transformers")

@@ -14,7 +14,6 @@ import torch
 from torch import fx, nn
 
 from sp_compile import capture, mesh, ops
-from sp_compile.compiled import Kind, index_inputs
 from sp_compile.config import compile_config
 from sp_compile.errors import SPCompileError
 from sp_compile.layout import TokenLayout, token_layout
@@ -23,6 +22,7 @@ from sp_compile.placements import Gathered, Partial, QueriesByKeys, Replicate, S
 from sp_compile.program import Program, op_name, placement
 from sp_compile.requests import request_inputs
 from sp_compile.runtime import ParallelModule
+from sp_compile.steps import Kind, index_inputs
 from sp_compile.symbols import is_tensor
 
 aten = torch.ops.aten
@@ -106,7 +106,7 @@ def after(
     build = parallel.build
 
     def captured(gm: fx.GraphModule, *_: Any, **__: Any) -> Any:
-        raise _Captured(build(gm, Kind(isolated, cached, outputs=parallel.compile_config.outputs))[0])
+        raise _Captured(build(gm, Kind(isolated=isolated, cached=cached, outputs=parallel.compile_config.outputs))[0])
 
     parallel.build = captured  # type: ignore[method-assign]
     torch._dynamo.reset()
