@@ -14,8 +14,9 @@ import torch.distributed as dist
 
 from sp_compile.compat import group_store
 from sp_compile.errors import RankFailedError, RankMismatchError, SPCompileError
+from sp_compile.graph_text import lines
 from sp_compile.mesh import Group
-from sp_compile.program import Program, lines
+from sp_compile.program import Program
 
 PATIENCE = 5.0  # seconds that survivors of a failure wait for each other, to tell who is missing
 RAISED, ALIVE = "raised", "alive"

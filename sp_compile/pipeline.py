@@ -21,8 +21,9 @@ from sp_compile.errors import (
     SPCompileError,
     nearest,
 )
+from sp_compile.graph_text import lines
 from sp_compile.invariants import KERNELS_LOWERED, LOCAL, LOWERED, Invariant, Violation
-from sp_compile.program import Program, lines
+from sp_compile.program import Program
 
 
 @dataclass(frozen=True)

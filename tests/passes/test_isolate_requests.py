@@ -12,10 +12,10 @@ from torch.nn import functional as F
 import sp_compile
 from sp_compile import ops
 from sp_compile.errors import BatchError, ConfigError, RequestsMixedError
+from sp_compile.graph_text import lines
 from sp_compile.invariants import APART, Violation
 from sp_compile.layout import token_layout
 from sp_compile.pipeline import build_pipeline, registered_passes
-from sp_compile.program import lines
 from sp_compile.requests import joined
 from tests.models import gpt, llama
 from tests.passes.graphs import LENGTHS, Ranks, after, calls, embeds, packed, qkv, repeated, small

@@ -14,6 +14,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 import sp_compile
 from sp_compile import codegen
+from sp_compile.graph_text import lines
 from sp_compile.invariants import KERNELS_LOWERED
 from sp_compile.kernels import choice
 from sp_compile.kernels.flex import BLOCK, arguments_of, blocks, rule_graph
@@ -21,7 +22,7 @@ from sp_compile.kernels.plan import with_valid
 from sp_compile.layout import token_layout
 from sp_compile.ops import AttentionArgs
 from sp_compile.passes.lower_attention import LowerAttention
-from sp_compile.program import Program, lines
+from sp_compile.program import Program
 from sp_compile.runtime import ParallelModule
 from sp_compile.score_rule import DRAWS, FUNCTIONS, evaluate
 from sp_compile.symbols import shape_of

@@ -11,8 +11,8 @@ import torch
 from torch.nn import functional as F
 
 from sp_compile import mesh
+from sp_compile.graph_text import lines
 from sp_compile.layout import token_layout
-from sp_compile.program import lines
 from tests.passes.graphs import LENGTHS, Ranks, after, calls, embeds, ops_of, qkv, small
 
 COLLECTIVES = ("all_gather_into_tensor", "all_reduce")
