@@ -18,10 +18,10 @@ from sp_compile.config import CompileConfig, compile_config
 from sp_compile.dynamo.shards import local_value
 from sp_compile.emulation import EmulatedModule, Emulation
 from sp_compile.errors import CacheError, ConfigError, MeshError, UnsupportedModelError
-from sp_compile.inputs import requests_alone
+from sp_compile.inputs import device_of, requests_alone
 from sp_compile.pipeline import check_complete
 from sp_compile.report import Report
-from sp_compile.runtime import ParallelModule, device_of
+from sp_compile.runtime import ParallelModule
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -60,12 +60,12 @@ def parallelize(
         meshes.check_device(group, device_of(model))
         _check_shards(model, group)
         parallel = ParallelModule(model, group, chosen)
-        check_complete(parallel.pipeline)
+        check_complete(parallel.builder.schedule.passes)
         meshes.check_nodes(group, chosen.ranks_per_node)
         fields.update(_model_fields(model, chosen))
     parallel.group = meshes.with_nodes(group, chosen.ranks_per_node)
     if chosen.measure_rates:
-        parallel.measure_rates()
+        parallel.builder.measure_rates()
     return parallel
 
 
@@ -94,7 +94,7 @@ def explain(
     chosen = compile_config(config, **overrides)
     parallel = ParallelModule(model, meshes.pretend(sp, chosen.ranks_per_node), chosen)
     if device is not None:
-        parallel.pretend_device(torch.device(device))
+        parallel.builder.pretend_device(torch.device(device))
     return parallel.explain(batch)
 
 
@@ -144,7 +144,7 @@ def emulate(
     if store not in ("device", "host"):
         raise ConfigError(f'store={store!r} is no place; pass store="device" or store="host"')
     emulated = EmulatedModule(model, meshes.pretend(sp, chosen.ranks_per_node), chosen, store)
-    check_complete(emulated.pipeline)
+    check_complete(emulated.builder.schedule.passes)
     return Emulation(emulated, batch)
 
 

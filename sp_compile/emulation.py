@@ -13,11 +13,11 @@ from torch import fx, nn
 from sp_compile.compiled import Compiled, Ready
 from sp_compile.config import CompileConfig
 from sp_compile.delivery import Lockstep, Replay, seated, stand_in
-from sp_compile.inputs import forward_options
+from sp_compile.inputs import device_of, forward_options
 from sp_compile.measure import PeakMemory, median_seconds, synchronize
 from sp_compile.mesh import Group
 from sp_compile.report import Report
-from sp_compile.runtime import ParallelModule, device_of
+from sp_compile.runtime import ParallelModule
 from sp_compile.steps import Kept, Step, rank_inputs
 
 
@@ -70,7 +70,7 @@ class EmulatedModule(ParallelModule):
         with torch.no_grad():
             batch = forward_options(self.module, batch, gradients=False)
             named, self.layout = self._lay_out((), batch)
-            return self._apart((), batch, self._prepare(named, self.layout))
+            return self._run_kept_apart((), batch, self._prepare(named, self.layout))
 
     def _finish(self, gm: fx.GraphModule) -> fx.GraphModule:
         return stand_in(gm)

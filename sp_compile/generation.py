@@ -16,9 +16,10 @@ from sp_compile import fingerprint
 from sp_compile.batch import PackedBatch, pack
 from sp_compile.cache import ShardedCache
 from sp_compile.errors import BatchError, ConfigError
+from sp_compile.inputs import device_of
 from sp_compile.layout import TokenLayout
 from sp_compile.mesh import Group
-from sp_compile.runtime import ParallelModule, device_of
+from sp_compile.runtime import ParallelModule
 from sp_compile.sampling import Sampler, configured
 
 PREFILL_TOKENS = 8192

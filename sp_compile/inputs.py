@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,12 @@ from torch import nn
 from sp_compile.batch import packed_lengths, request_lengths
 from sp_compile.capture import TOKEN_INPUTS
 from sp_compile.errors import BatchError, UnsupportedModelError
+
+
+def device_of(module: nn.Module, *others: torch.Tensor) -> torch.device:
+    """Where a model is, or what it gets."""
+    tensors = itertools.chain(module.parameters(), module.buffers(), others)
+    return next((each.device for each in tensors), torch.device("cpu"))
 
 
 def named_tensors(

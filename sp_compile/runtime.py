@@ -4,33 +4,27 @@ from __future__ import annotations
 
 import copy
 import inspect
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from functools import lru_cache, wraps
+from functools import lru_cache, partial, wraps
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from sp_compile import fingerprint, processes
+from sp_compile.builder import Builder
 from sp_compile.capture import Captured
 from sp_compile.compiled import Compiled
 from sp_compile.config import CompileConfig
-from sp_compile.costs import Attention, Predicted, measured_rates, predicted, rates_of
+from sp_compile.costs import Rates
 from sp_compile.cuda_graphs import graphs_for
 from sp_compile.dynamo.traced import Traced
-from sp_compile.errors import (
-    BatchError,
-    CacheError,
-    ConfigError,
-    FallbackError,
-    RequestsMixedError,
-    UnsupportedModelError,
-)
+from sp_compile.errors import BatchError, ConfigError, RequestsMixedError, UnsupportedModelError
 from sp_compile.inputs import (
     check_inputs,
+    device_of,
     forward_options,
     from_pack,
     install_output_hooks,
@@ -41,22 +35,13 @@ from sp_compile.inputs import (
     with_cache,
     without_packed_positions,
 )
-from sp_compile.kernels.choice import measured_faster
-from sp_compile.kernels.rates import Shape
 from sp_compile.layout import PAIRS_PER_FEATURE, TokenLayout, choose_scheme, token_layout
 from sp_compile.mesh import Group
-from sp_compile.needs import short_runs
-from sp_compile.passes.minimize_communication import MinimizeCommunication
-from sp_compile.passes.plan_attention import PlanAttention
-from sp_compile.passes.shard_attention import ShardAttention
-from sp_compile.pipeline import Pass, PassStep, build_pipeline, run_pipeline
-from sp_compile.program import Program
 from sp_compile.report import Report
-from sp_compile.steps import Kept, Kind, Step, rank_inputs
-from sp_compile.training import check_labels, check_sums, check_weights, fresh_seed, seed_groups
+from sp_compile.steps import Kept, Step, rank_inputs
+from sp_compile.training import check_labels, check_trained, fresh_seed, seed_groups
 from sp_compile.work import Work
 
-ISOLATE = "isolate_requests"
 INPUTS = 8  # layouts whose index inputs stay on the device
 HIDDEN_SIZE = 4096  # where the model does not tell
 
@@ -78,26 +63,21 @@ class ParallelModule(nn.Module):
     Attributes:
         module: the model as it was given.
         group: the ranks that share a batch; ``group.rank`` is this one's number.
-        layout: who holds which rows of the last batch, to interpret outputs that stay sharded; None before the first.
         rates: of a rank and its links, by which strategies are chosen.
+        builder: makes the programs that run.
+        layout: who holds which rows of the last batch, to interpret outputs that stay sharded; None before the first.
     """
 
     def __init__(self, module: nn.Module, group: Group, config: CompileConfig) -> None:
         super().__init__()
         self.module = module
-        self.group = group
         self.compile_config = config
+        self.builder = Builder(module, group, config)
         self.layout: TokenLayout | None = None
-        self.rates = rates_of(device_of(module), config.link_rate, config.compute_rate)
-        self._code_for = ""
-        self.pipeline: tuple[Pass, ...] = build_pipeline(
-            config.pipeline, config.attention, config.kernel, config.keep_gathered
-        )
         self._signature = inspect.signature(module.forward)
         self._compiled: list[Compiled] = []
         self._last: tuple[Compiled, Step] | None = None
         self._mixing: set[Any] = set()
-        self._faster: dict[Shape, bool] = {}
         self._step: Step | None = None
         self._explained: Mapping[str, Any] | None = None
         self._kept = Kept()
@@ -114,6 +94,24 @@ class ParallelModule(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("module"), name)
+
+    @property
+    def group(self) -> Group:
+        """The ranks that share a batch; ``group.rank`` is this one's number."""
+        return self.builder.group
+
+    @group.setter
+    def group(self, group: Group) -> None:
+        self.builder.group = group
+
+    @property
+    def rates(self) -> Rates:
+        """Of a rank and its links, by which strategies are chosen."""
+        return self.builder.rates
+
+    @rates.setter
+    def rates(self, rates: Rates) -> None:
+        self.builder.rates = rates
 
     @property
     def peft_config(self) -> Any:
@@ -149,9 +147,9 @@ class ParallelModule(nn.Module):
         kwargs = forward_options(self.module, kwargs, args, self._differentiates)
         with fingerprint.naming_failed_ranks(self.group):
             if self._differentiates:
-                self._check_weights()
+                self._trained = check_trained(self.module, self.group, self._trained)
             named, self.layout = self._agree(args, kwargs)
-            return self._apart(args, kwargs, self._prepare(named, self.layout))
+            return self._run_kept_apart(args, kwargs, self._prepare(named, self.layout))
 
     def forward_with_cache(self, args: Sequence[Any], kwargs: Mapping[str, Any], outputs: str = "") -> Any:
         """A forward over the tokens of all calls, of which only the new rows are computed.
@@ -183,7 +181,7 @@ class ParallelModule(nn.Module):
                         fields["the cache"] = cache.contents
                 self.layout = step.layout
                 step = replace(step, outputs=outputs or self.compile_config.outputs)
-                result = self._apart((), {**others, **whole, "use_cache": False}, step)
+                result = self._run_kept_apart((), {**others, **whole, "use_cache": False}, step)
                 cache.commit(self._kept)
         except BaseException:
             cache.rollback()
@@ -246,7 +244,7 @@ class ParallelModule(nn.Module):
         named, self.layout = self._lay_out((), batch)
         self._explained = batch
         try:
-            self._apart((), batch, self._prepare(named, self.layout))
+            self._run_kept_apart((), batch, self._prepare(named, self.layout))
             raise AssertionError("the captured graph ran")
         except _Explained as explained:
             yield explained.compiled, explained.step
@@ -273,48 +271,6 @@ class ParallelModule(nn.Module):
         compiled, step = self._last
         return compiled.report(step)
 
-    def build(
-        self,
-        captured: Captured,
-        kind: Kind,
-        trace: bool = False,
-        hints: Mapping[str, int] | None = None,
-    ) -> tuple[Program, list[PassStep]]:
-        """Run the pipeline on a program of a captured graph."""
-        if kind.cached and all(each.name != "shard_cache" for each in self.pipeline):
-            raise CacheError("the pipeline has no shard_cache; add it behind shard_attention to run with a cache")
-        program = self._at(captured.program(self.group.size, self.group.name, kind.outputs))
-        program = replace(program, **vars(kind))
-        program.hints, program.device = hints or {}, self._code_for
-        program.fused_is_faster = self._fused_is_faster
-        program.compiled = self.compile_config.codegen == "inductor"
-        steps = run_pipeline(program, self.pipeline, self.compile_config.verify_passes, trace)
-        return program, steps
-
-    def pretend_device(self, device: torch.device) -> None:
-        """Have rates and kernels be those of another kind of device than the model's."""
-        self.rates = rates_of(device, self.compile_config.link_rate, self.compile_config.compute_rate)
-        self._code_for = device.type
-
-    def measure_rates(self) -> None:
-        """Measure :attr:`rates`, but for those that the configuration names; on every rank at the same time."""
-        tensors = [each for each in self.module.parameters() if each.is_floating_point()]
-        dtype = tensors[0].dtype if tensors else torch.float32
-        found, config = measured_rates(self.group, device_of(self.module), dtype), self.compile_config
-        self.rates = found.but(config.link_rate, config.compute_rate)
-
-    def _predict(self, layout: TokenLayout, attention: Attention, apart: bool) -> dict[str, Predicted]:
-        """What an attention takes by each strategy, by the rates of now."""
-        return predicted(layout, attention, apart, self.rates, self.group.nodes)
-
-    def _at(self, program: Program) -> Program:
-        """The program, told of the ranks that it is for."""
-        asked = (each.operations_per_byte for each in self.pipeline if isinstance(each, MinimizeCommunication))
-        price = next(asked, None)
-        program.nodes = self.group.nodes
-        program.operations_per_byte = self.rates.operations_per_byte if price is None else price
-        return program
-
     def _agree(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], TokenLayout]:
         """Lay the batch out; ranks that cannot, or have another batch, are named on all."""
         with processes.advising(self.group), self._agreement() as fields:
@@ -326,14 +282,6 @@ class ParallelModule(nn.Module):
                 fields.update(fingerprint.of_inputs(named, layout.lengths, others))
                 fields["whether pack made the batch"] = str(from_pack(named.values()))
         return named, layout
-
-    def _check_weights(self) -> None:
-        """Compare what is trained with other ranks', at first and whenever there are other parameters."""
-        trained = [each for each in self.module.parameters() if each.requires_grad]
-        if self._trained is None or [*map(id, trained)] != [*map(id, self._trained)]:
-            check_sums(self.module)
-            check_weights(self.module, self.group)
-            self._trained = trained  # alive, so that no other gets the id of one of them
 
     @property
     def _compares_inputs(self) -> bool:
@@ -364,49 +312,27 @@ class ParallelModule(nn.Module):
 
     def _prepare(self, named: Mapping[str, torch.Tensor], layout: TokenLayout) -> Step:
         tokens = token_input(named)[1]
-        inputs = self._rank_inputs(layout, self.group, tokens.device)
+        inputs, schedule = self._rank_inputs(layout, self.group, tokens.device), self.builder.schedule
         if self._differentiates or self.training:
             inputs = {**inputs, "seed": fresh_seed(self._draw_alike, tokens.device)}
         step = Step(layout, inputs, self._promised(named, layout), outputs=self.compile_config.outputs)
-        strategies = [each for each in self.pipeline if isinstance(each, ShardAttention)]
-        reads = self._explained is not None or any(each.reads_reach for each in strategies)
+        reads = self._explained is not None or schedule.reads_reach
         counted = reads and step.apart and positions_count(named)
-        chooses = next((each for each in strategies if each.chooses and self.group.size > 1), None)
-        return replace(step, counted=counted, asked=None if chooses is None else chooses.asked)
-
-    def _fused_is_faster(self, shape: Shape) -> bool:
-        """Whether that was measured on every rank, found out when the first program that asks is agreed on."""
-        if shape not in self._faster:
-            what = f"whether fused kernels are faster for {shape}"
-            self._faster[shape] = fingerprint.all_of(self.group, what, measured_faster(shape))
-        return self._faster[shape]
-
-    def _tells_short(self, step: Step) -> bool:
-        """Whether batches of short runs may be computed by another kernel than others."""
-        kernels = (each.kernel for each in self.pipeline if isinstance(each, PlanAttention))
-        on_gpu = (self._code_for or device_of(self.module).type) == "cuda"
-        return (
-            on_gpu and step.cached in ("", "first") and self.compile_config.codegen == "inductor" and "auto" in kernels
-        )
+        return replace(step, counted=counted, asked=schedule.asked_strategies if self.group.size > 1 else None)
 
     def _promised(self, named: Mapping[str, torch.Tensor], layout: TokenLayout) -> bool:
         """Whether the requests of the batch must be kept apart."""
-        return len(layout.lengths) > 1 and (from_pack(named.values()) or self._isolates == "all")
+        return len(layout.lengths) > 1 and (from_pack(named.values()) or self.builder.schedule.isolates == "all")
 
-    @property
-    def _isolates(self) -> str:
-        """Which batches the pass ``isolate_requests`` of the pipeline is for."""
-        return next((str(getattr(each, "batches", "")) for each in self.pipeline if each.name == ISOLATE), "none")
-
-    def _apart(self, args: Sequence[Any], kwargs: Mapping[str, Any], step: Step) -> Any:
-        """Run a forward; where the model would mix requests, with the requests isolated."""
+    def _run_kept_apart(self, args: Sequence[Any], kwargs: Mapping[str, Any], step: Step) -> Any:
+        """Run a forward whose requests are kept apart, isolated where the model would mix them."""
         options = {name: "" if isinstance(each, torch.Tensor) else repr(each) for name, each in kwargs.items()}
         key = (tuple(sorted(options.items())), len(args))
         if key not in self._mixing:
             try:
                 return self._run_step(args, kwargs, step)
             except RequestsMixedError as error:
-                if self._isolates == "none" or not error.curable:
+                if self.builder.schedule.isolates == "none" or not error.curable:
                     raise
         elif not step.promised:
             return self._run_step(args, kwargs, step)
@@ -415,7 +341,7 @@ class ParallelModule(nn.Module):
 
     def _run_step(self, args: Sequence[Any], kwargs: Mapping[str, Any], step: Step) -> Any:
         install_output_hooks(self.module, kwargs)
-        self._step = step = replace(step, short=self._tells_short(step) and short_runs(step.layout))
+        self._step = step = replace(step, short=self.builder.is_short(step))
         if self._explained is not None:
             tensors = {name: each for name, each in kwargs.items() if isinstance(each, torch.Tensor)}
             device = self._device(tensors)
@@ -426,20 +352,12 @@ class ParallelModule(nn.Module):
             self._step = None
 
     def _backend(self, gm: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
-        captured = Captured(gm)
-
-        def agree(kind: Kind) -> tuple[Program, list[PassStep]]:
-            with fingerprint.agreement(self.group) as fields:
-                program, steps = self.build(captured, kind, trace=self._explained is not None)
-                self._refuse_fallbacks(program)
-                fields.update(fingerprint.of_graph(program))
-            return program, steps
-
+        captured, builder = Captured(gm), self.builder
         compiled = Compiled(
-            build=lambda kind, sizes: self.build(captured, kind, hints=sizes)[0],
-            agree=agree,
-            capture=lambda sp: self._at(captured.program(sp, "analysed", "full")),
-            predict=self._predict,
+            build=lambda kind, sizes: builder.build(captured, kind, hints=sizes)[0],
+            agree=lambda kind: builder.checked(captured, kind, trace=self._explained is not None),
+            capture=partial(builder.analysed, captured),
+            predict=builder.predict,
             codegen=self.compile_config.codegen,
             finish=self._finish,
             graphs=None if self.compile_config.cuda_graphs == "never" else graphs_for(device_of(self.module)),
@@ -466,20 +384,6 @@ class ParallelModule(nn.Module):
     def _execute(self, compiled: Compiled, inputs: Sequence[Any], step: Step) -> tuple[list[Any], Kept]:
         """Run the local graph of this rank."""
         return compiled.run(inputs, step)
-
-    def _refuse_fallbacks(self, program: Program) -> None:
-        if self.compile_config.strict and program.fallbacks:
-            each, total = program.fallbacks[0], sum(each.count for each in program.fallbacks)
-            raise FallbackError(
-                f"strict=True, but {each.op} ({each.source or 'no source line'}) falls back: {each.reason}; "
-                + (f"in all, {total} ops do" if total > 1 else "nothing else does")
-            )
-
-
-def device_of(module: nn.Module, *others: torch.Tensor) -> torch.device:
-    """Where a model is, or what it gets."""
-    tensors = itertools.chain(module.parameters(), module.buffers(), others)
-    return next((each.device for each in tensors), torch.device("cpu"))
 
 
 def _with_signature_of(model: Callable[..., Any], run: Callable[..., Any]) -> Callable[..., Any]:

@@ -30,6 +30,25 @@ def fresh_seed(groups: Sequence[dist.ProcessGroup], device: torch.device) -> tor
     return seed
 
 
+def check_trained(module: nn.Module, group: Group, known: Sequence[nn.Parameter] | None) -> list[nn.Parameter]:
+    """Compare what is trained with other ranks', unless these parameters are known.
+
+    Args:
+        known: what this returned before; None at first.
+
+    Returns:
+        The parameters that train, to be known from now on: alive, so that no other gets the id of one of them.
+
+    Raises:
+        The errors of :func:`check_sums` and :func:`check_weights`.
+    """
+    trained = [each for each in module.parameters() if each.requires_grad]
+    if known is None or [*map(id, trained)] != [*map(id, known)]:
+        check_sums(module)
+        check_weights(module, group)
+    return trained
+
+
 def check_weights(module: nn.Module, group: Group) -> None:
     """Check that all ranks start from the same weights and train the same ones.
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 import sp_compile
-from sp_compile import fingerprint, runtime
+from sp_compile import builder, fingerprint
 from sp_compile.errors import BatchError, RankFailedError, RankMismatchError
 from sp_compile.kernels.rates import Shape
 from tests.models import llama
@@ -106,7 +106,7 @@ model(tokens(1, 9), use_cache=False)
 if rank == 1 and how == "dies":
     os.kill(os.getpid(), signal.SIGKILL)
 if rank == 1 and how == "raises":
-    model._apart = lambda *_: 1 / 0
+    model._run_kept_apart = lambda *_: 1 / 0
 try:
     model(tokens(1, 9, seed=1), use_cache=False)
 except Exception as error:
@@ -148,11 +148,11 @@ def verdicts() -> tuple[list[bool], str]:
     found = []
     with pytest.MonkeyPatch.context() as patched:
         for alike in (False, True):
-            parallel._faster.clear()
-            patched.setattr(runtime, "measured_faster", lambda shape, alike=alike: alike or not odd)
-            found.append(parallel._fused_is_faster(SHAPE))
-        patched.setattr(runtime, "measured_faster", lambda shape: pytest.fail("it is known"))
-        found.append(parallel._fused_is_faster(SHAPE))
+            parallel.builder._faster.clear()
+            patched.setattr(builder, "measured_faster", lambda shape, alike=alike: alike or not odd)
+            found.append(parallel.builder.fused_is_faster(SHAPE))
+        patched.setattr(builder, "measured_faster", lambda shape: pytest.fail("it is known"))
+        found.append(parallel.builder.fused_is_faster(SHAPE))
     try:
         with fingerprint.agreement(parallel.group):
             if odd:

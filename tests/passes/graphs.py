@@ -103,12 +103,12 @@ def after(
     module = model if isinstance(model, nn.Module) else small(model)
     chosen = compile_config(pipeline=pipeline, **config)
     parallel = ParallelModule(module.eval(), mesh.pretend(sp, chosen.ranks_per_node), chosen)
-    build = parallel.build
+    build = parallel.builder.build
 
     def captured(gm: fx.GraphModule, *_: Any, **__: Any) -> Any:
         raise _Captured(build(gm, Kind(isolated=isolated, cached=cached, outputs=parallel.compile_config.outputs))[0])
 
-    parallel.build = captured  # type: ignore[method-assign]
+    parallel.builder.build = captured  # type: ignore[method-assign]
     torch._dynamo.reset()
     functionalize = capture.dispatch_functionalize if functional else _refuse
     try:
