@@ -4,7 +4,8 @@ Requires: ``attention_planned``, ``local_shapes``.
 Establishes: ``kernels_lowered``.
 
 Per-token vectors are captured by the mask and score functions; the kernel skips blocks of keys by the block mask that
-was planned. On a GPU keys of a cache are split into parts, which are merged. Other kernels stay behind ``attention``.
+was planned. On a GPU keys of a cache are split into parts, which are merged; where each request has one new token, a
+part is one query's. Other kernels stay behind ``attention``.
 
 Before::
 
@@ -31,8 +32,21 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from sp_compile import ops
 from sp_compile.invariants import KERNELS_LOWERED, LOCAL, PLANNED
-from sp_compile.kernels.flex import BLOCK, arguments_of, rule_graph, split_count
+from sp_compile.kernels.flex import arguments_of, rule_graph
 from sp_compile.kernels.plan import joined_with_valid
+from sp_compile.kernels.regions import BLOCK
+from sp_compile.kernels.split import part_size, spare_parts, split_count
+from sp_compile.parts import (
+    as_one_row,
+    as_parts,
+    filled_rows,
+    merged_parts,
+    merged_queries,
+    numbers_of_parts,
+    operand_of_parts,
+    queries_of_parts,
+    repeated_rows,
+)
 from sp_compile.pipeline import Pass
 from sp_compile.placements import Held
 from sp_compile.program import Program, placement
@@ -48,6 +62,7 @@ OPTIONS = {
     "OUTPUT_MAX": False,
 }
 LARGE = 128  # head dims up to which torch's tiles fit into the shared memory of a GPU
+FEW_TILES = {2: {"BLOCK_N": 64}, 4: {"BLOCK_N": 32}}  # for one query, by bytes of an element
 LARGE_TILES = {2: {"BLOCK_M": 64, "BLOCK_N": 32}, 4: {"BLOCK_M": 32, "BLOCK_N": 16}}  # by bytes of an element
 
 
@@ -80,7 +95,10 @@ class _Lowering:
     def lower(self, node: fx.Node) -> None:
         """Replace one attention node; new nodes go in front of it."""
         args = ops.AttentionArgs(*node.args)
-        results = self._split(args) if self._splits(args) else self._flex(args, ops.attention_part(node, 1) is not None)
+        if not self._splits(args):
+            results = self._flex(args, _tile(args, self._on_cpu(args)), ops.attention_part(node, 1) is not None)
+        else:
+            results = self._split_each(args) if self.program.cached == "decode" else self._split(args)
         for i, value in enumerate(results):
             part = ops.attention_part(node, i)
             if part is not None:
@@ -91,30 +109,73 @@ class _Lowering:
 
         FlexAttention without generated code does not look at blocks, and would see all keys in every part.
         """
-        one_row = args.q.meta["val"].shape[0] == 1
+        one_row, decodes = args.q.meta["val"].shape[0] == 1, self.program.cached == "decode" and not args.per_head
         on_card = self.program.compiled and not self._on_cpu(args)
-        return isinstance(placement(args.k), Held) and one_row and on_card and not args.empty_mean
+        return isinstance(placement(args.k), Held) and (one_row or decodes) and on_card and not args.empty_mean
 
     def _split(self, args: ops.AttentionArgs) -> tuple[fx.Node, fx.Node]:
-        """Attention over parts of the keys, as rows of a batch, merged; heads of a group are queries of its keys' head.
-
-        Source: FlashDecoding, https://pytorch.org/blog/flash-decoding.
-        """
-        heads, kv_heads = (each.meta["val"].shape[1] for each in (args.q, args.k))
-        group = 1 if args.per_head else heads // kv_heads
+        """Attention over parts of the keys, as rows of a batch, merged; rows of a part are those of a group's heads."""
+        heads, group = _grouped(args)
         assert args.plan is not None
         count, keys = (self._once(aten.sym_size.int, each, 0) for each in args.plan.args[4:6])  # the same in all layers
         rows = self._once(torch.sym_max, self._once(operator.mul, count, group), BLOCK)
-        splits = self._once(split_count, rows, keys, heads // group)
+        splits = self._once(split_count, rows, keys, heads)
         q = self._once(as_parts, args.q, group, rows, splits)
         whole = args.q.meta["val"]
-        q.meta["val"] = whole.new_empty(2, heads // group, BLOCK, whole.shape[-1])  # of any number of parts and rows
+        q.meta["val"] = whole.new_empty(2, heads, BLOCK, whole.shape[-1])  # of any number of parts and rows
         plan = self._once(torch.ops.sp_compile.split_block_mask.default, args.plan, count, rows, splits)
         operands = [self._repeated(each, rows) for each in args.operands]
-        parts = self._flex(args._replace(q=q, plan=plan, operands=operands, partial=True), True)
-        merged = self._once(merged_parts, *parts, group, count)
+        split = args._replace(q=q, plan=plan, operands=operands, partial=True)
+        parts = self._flex(split, _tile(split, False), True)
+        return self._merged(args, self._once(merged_parts, *parts, group, count))
+
+    def _split_each(self, args: ops.AttentionArgs) -> tuple[fx.Node, fx.Node]:
+        """As :meth:`_split`, where each part is of the keys of one query, and rows are the heads of its group.
+
+        Rows of a batch become heads, which read what any of them sees.
+        """
+        heads, group = _grouped(args)
+        batch = int(args.q.meta["val"].shape[0])
+        assert args.plan is not None
+        count, keys, runs = (self._once(aten.sym_size.int, each, 0) for each in args.plan.args[4:7])
+        spare = self._once(spare_parts, keys, batch * heads)
+        parts, size = self._once(operator.add, count, spare), self._once(part_size, keys, runs, spare)
+        plan = self._once(torch.ops.sp_compile.query_blocks.default, *args.plan.args, parts, size)
+        numbers = self._once(numbers_of_parts, self._listed(args, plan))
+        q = self._once(queries_of_parts, args.q, numbers, group)
+        whole = args.q.meta["val"]
+        q.meta["val"] = whole.new_empty(2, batch * heads, filled_rows(group), whole.shape[-1])  # of any number of parts
+        k, v = (self._one_row(each) for each in (args.k, args.v))
+        operands = [self._of_parts(each, numbers, batch, heads) for each in args.operands]
+        each = args._replace(q=q, k=k, v=v, plan=plan, operands=operands, partial=True)
+        found = self._flex(each, _few_tile(each, filled_rows(group)), True)
+        most = self._once(operator.add, spare, 1)
+        return self._merged(args, self._once(merged_queries, *found, numbers, batch, group, count, most))
+
+    def _one_row(self, held: fx.Node) -> fx.Node:
+        """Keys or values of a cache, whose rows of the batch are heads."""
+        value = held.meta["val"]
+        if value.shape[0] == 1:
+            return held
+        found = self._once(as_one_row, held)
+        found.meta["val"] = value.flatten(0, 1).unsqueeze(0)
+        return found
+
+    def _merged(self, args: ops.AttentionArgs, merged: fx.Node) -> tuple[fx.Node, fx.Node]:
+        """Output and log-sum-exp of merged parts, as an attention node gives them."""
         out, lse = (self._once(getitem, merged, i) for i in range(2))
         return out if args.partial else self._once(aten.to.dtype, out, args.q.meta["val"].dtype), lse
+
+    def _of_parts(self, operand: fx.Node, numbers: fx.Node, batch: int, heads: int) -> fx.Node:
+        """An operand for parts, which are those of one query each, and for rows of the batch that are heads."""
+        varying = _varying(operand)
+        if not {0, 2} & {*varying}:
+            return operand
+        found = self._once(operand_of_parts, operand, numbers, batch, heads)
+        whole = operand.meta["val"]
+        sizes = [2, batch * heads if 0 in varying else whole.shape[-3] if 1 in varying else 1, 1, whole.shape[-1]]
+        found.meta["val"] = whole.new_empty(sizes if 2 in varying else [1, *sizes[1:]])
+        return found
 
     def _repeated(self, operand: fx.Node, rows: fx.Node) -> fx.Node:
         """An operand for so many rows, which are its queries again and again."""
@@ -125,14 +186,14 @@ class _Lowering:
         found.meta["val"] = whole.new_empty(*whole.shape[:-2], BLOCK, whole.shape[-1])
         return found
 
-    def _flex(self, args: ops.AttentionArgs, with_lse: bool) -> tuple[fx.Node, fx.Node]:
+    def _flex(self, args: ops.AttentionArgs, tile: dict[str, int], with_lse: bool) -> tuple[fx.Node, fx.Node]:
         """Output and log-sum-exp by FlexAttention."""
         score, mask = (self._function(args, output) for output in ("score", "mask"))
-        tile = _tile(args, self._on_cpu(args))
         options = {**OPTIONS, **tile, "OUTPUT_LOGSUMEXP": with_lse or self.program.differentiable}
-        # code for CPUs takes its inputs for tensors of four dims in memory, which views of products or gathers are not
-        q, k, v = args.q, *(self._of_dtype(each, args.q.meta["val"].dtype) for each in (args.k, args.v))
+        q, k, v = args.q, args.k, args.v
         if self._fills_up(args):
+            k, v = (self._of_dtype(each, q.meta["val"].dtype) for each in (k, v))  # which code for GPUs does itself
+            # inputs are taken for tensors of four dims in memory, which views of products or gathers are not
             q = self._captured(q, (0, 1, 2, 3))
             k, v = (self._captured(each, (0, 1, 2, 3), keys=2) for each in (k, v))
         flex = self.graph.call_function(
@@ -234,9 +295,7 @@ class _Lowering:
 
     def _lists(self, args: ops.AttentionArgs, plan: fx.Node, of: str) -> Iterator[tuple[str, fx.Node]]:
         """Partial and full blocks of a plan, how many and which, in memory of their own on the attention's device."""
-        listed, on_cpu = self._once(aten.unsqueeze.default, plan, 1), self._on_cpu(args)
-        if not on_cpu:
-            listed = self._once(aten.to.device, listed, args.q.meta["val"].device, torch.int32)
+        listed, on_cpu = self._listed(args, plan), self._on_cpu(args)
         for i, kind in enumerate((of, f"full_{of}")):
             both = self._once(aten.select.int, listed, 3, i)
             count, which = self._once(aten.select.int, both, 3, 0), self._once(aten.slice.Tensor, both, 3, 1)
@@ -245,6 +304,13 @@ class _Lowering:
                 own = self._once(aten.clone.default, part) if on_cpu else self._captured(part, dims)
                 yield f"{kind}_{what}", own
 
+    def _listed(self, args: ops.AttentionArgs, plan: fx.Node) -> fx.Node:
+        """A plan on the attention's device, with a dim of heads."""
+        listed = self._once(aten.unsqueeze.default, plan, 1)
+        if self._on_cpu(args):
+            return listed
+        return self._once(aten.to.device, listed, args.q.meta["val"].device, torch.int32)
+
     def _once(self, target: Any, *args: Any) -> fx.Node:
         key = (target, repr(args))
         if key not in self.made:
@@ -252,30 +318,11 @@ class _Lowering:
         return self.made[key]
 
 
-def as_parts(q: torch.Tensor, group: int, rows: int, splits: int) -> torch.Tensor:
-    """Queries ``[1, H, Q, D]`` once for each part of the keys, ``[splits, H / group, rows, D]``.
-
-    Args:
-        rows: those of a group's heads one after another, and from the first again as far as a block is to be filled,
-            which a GPU computes in whole.
-    """
-    _, heads, queries, dim = q.shape
-    folded = q.reshape(1, heads // group, group * queries, dim)
-    return repeated_rows(folded, rows).expand(splits, -1, -1, -1).contiguous()
-
-
-def repeated_rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:
-    """So many rows of dim -2, those of the tensor again and again."""
-    return tensor.index_select(-2, torch.arange(rows, device=tensor.device) % tensor.shape[-2])
-
-
-def merged_parts(out: torch.Tensor, lse: torch.Tensor, group: int, queries: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Parts ``[splits, G, rows, E]`` and ``[splits, G, rows]`` as ``[1, H, Q, E]`` and ``[1, H, Q]``."""
-    rows = torch.arange(group * queries, device=out.device)  # no slice, for which code would rest on how many there are
-    out, lse = (each.index_select(2, rows) for each in (out, lse))
-    none = torch.zeros_like(out[:1]), torch.full_like(lse[:1], -torch.inf)
-    whole, total = ops.merge_partials(*none, out.unsqueeze(1), lse.unsqueeze(1))
-    return whole.reshape(1, -1, queries, out.shape[-1]), total.reshape(1, -1, queries)
+def _grouped(args: ops.AttentionArgs) -> tuple[int, int]:
+    """Heads of the rows of parts, and how many heads are in the rows of one."""
+    heads, kv_heads = (int(each.meta["val"].shape[1]) for each in (args.q, args.k))
+    group = 1 if args.per_head else heads // kv_heads
+    return heads // group, group
 
 
 def _tile(args: ops.AttentionArgs, on_cpu: bool) -> dict[str, int]:
@@ -283,6 +330,12 @@ def _tile(args: ops.AttentionArgs, on_cpu: bool) -> dict[str, int]:
     q, v = args.q.meta["val"], args.v.meta["val"]
     large = not on_cpu and max(q.shape[-1], v.shape[-1]) > LARGE
     return LARGE_TILES[q.element_size()] if large else {}
+
+
+def _few_tile(args: ops.AttentionArgs, rows: int) -> dict[str, int]:
+    """As :func:`_tile`, of so many queries, which are few; such a program waits for its keys."""
+    of_keys = _tile(args, False) or FEW_TILES[args.q.meta["val"].element_size()]
+    return {**of_keys, "BLOCK_M": min(rows, of_keys.get("BLOCK_M", BLOCK)), "num_warps": 4}
 
 
 def _ones(size: int) -> torch.Tensor:

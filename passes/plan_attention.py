@@ -109,7 +109,7 @@ def _need(program: Program, node: fx.Node) -> Need:
         differentiable=program.differentiable,
         learns_rule=program.differentiable and any(map(_learned, (*args.operands, *args.tables))),
         kept_dtype=v.dtype if v.dtype != q.dtype else None,
-        steps=program.cached == "more",
+        steps=program.steps,
         short=program.short,
         irregular=bool(of_mask.tables) or any(map(_of_pairs, of_mask.operands)),
     )

@@ -103,11 +103,22 @@ class Builder:
             self._faster[shape] = fingerprint.all_of(self.group, what, measured_faster(shape))
         return self._faster[shape]
 
-    def is_short(self, step: Step) -> bool:
-        """Whether the batch is of short runs, which may be computed by another kernel than others."""
-        on_gpu = (self._code_for or device_of(self._module).type) == "cuda"
-        chooses = on_gpu and self._config.codegen == "inductor" and self.schedule.chooses_kernels
-        return chooses and step.cached in ("", "first") and short_runs(step.layout)
+    def suited(self, step: Step) -> Step:
+        """The step, told of what has programs of its own on a GPU.
+
+        These are batches of short runs, which may be computed by another kernel than others, and decoding.
+        """
+        if not self.compiles_for_gpu:
+            return step
+        if step.cached == "more" and max(step.layout.lengths) == 1:
+            return replace(step, cached="decode")
+        chooses = self.schedule.chooses_kernels and step.cached in ("", "first")
+        return replace(step, short=chooses and short_runs(step.layout))
+
+    @property
+    def compiles_for_gpu(self) -> bool:
+        """Whether code is generated for a GPU."""
+        return (self._code_for or device_of(self._module).type) == "cuda" and self._config.codegen == "inductor"
 
     def pretend_device(self, device: torch.device) -> None:
         """Have rates and kernels be those of another kind of device than the model's."""

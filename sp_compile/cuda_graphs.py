@@ -79,7 +79,7 @@ def graphs_for(device: torch.device) -> Callable[[], Graphs] | None:
 
 def replayable(program: Program, graphs: Callable[[], Graphs] | None) -> Callable[[], Graphs] | None:
     """What replays steps of a program; where nothing can, the program's fallbacks say why."""
-    if graphs is None or program.cached != "more":
+    if graphs is None or not program.steps:
         return None
     device = next(each.device for each in program.local_inputs or () if isinstance(each, torch.Tensor))
     for name in _groups(program):

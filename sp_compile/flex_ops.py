@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from sp_compile import kernels
-from sp_compile.kernels import flex
+from sp_compile.kernels import flex, split
 from sp_compile.kernels import plan as plans
 
 
@@ -47,13 +47,36 @@ def _(plan: torch.Tensor) -> torch.Tensor:
 
 @torch.library.custom_op("sp_compile::split_block_mask", mutates_args=())
 def split_block_mask(plan: torch.Tensor, queries: int, rows: int, splits: int) -> torch.Tensor:
-    """As :func:`sp_compile.kernels.flex.split_blocks`."""
-    return torch.from_numpy(flex.split_blocks(plan.numpy(), queries, rows, splits))
+    """As :func:`sp_compile.kernels.split.split_blocks`."""
+    return torch.from_numpy(split.split_blocks(plan.numpy(), queries, rows, splits))
 
 
 @split_block_mask.register_fake
 def _(plan: torch.Tensor, queries: int, rows: int, splits: int) -> torch.Tensor:
     return plan.new_empty(splits, flex.blocks(rows), 2, 2 + (plan.shape[3] + splits - 2) // splits)
+
+
+@torch.library.custom_op("sp_compile::query_blocks", mutates_args=())
+def query_blocks(
+    operands: Sequence[torch.Tensor],
+    tables: Sequence[torch.Tensor],
+    rule: str,
+    valid: torch.Tensor | None,
+    q_rows: torch.Tensor,
+    k_rows: torch.Tensor,
+    runs: torch.Tensor,
+    parts: int,
+    size: int,
+) -> torch.Tensor:
+    """As :func:`sp_compile.kernels.split.query_blocks`, of the arguments of :func:`block_mask`."""
+    sizes = q_rows.numel(), k_rows.numel()
+    return torch.from_numpy(split.query_blocks(operands, tables, rule, valid, *sizes, runs, parts, size))
+
+
+@query_blocks.register_fake
+def _(*args: Any) -> torch.Tensor:
+    *_, parts, size = args
+    return torch.empty(parts, 1, 3, 2 + size, dtype=torch.int32)
 
 
 @torch.library.custom_op("sp_compile::captured", mutates_args=())

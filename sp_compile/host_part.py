@@ -27,7 +27,7 @@ from sp_compile.program import op_name
 aten = torch.ops.aten
 sp = torch.ops.sp_compile
 PLANS = frozenset({sp.tile_plan.default, sp.block_mask.default, sp.split_block_mask.default,
-                   sp.block_mask_of_keys.default, sp.seen_rows.default})  # fmt: skip
+                   sp.query_blocks.default, sp.block_mask_of_keys.default, sp.seen_rows.default})  # fmt: skip
 READERS = frozenset({"transformers.grouped_mm_fallback"})  # ops of others that read data on the host
 
 

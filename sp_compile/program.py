@@ -62,7 +62,8 @@ class Program:
         short: rows of a rank that follow one another are few, so that its scores are many small parts.
         strategies: those of each attention that suit the batch, where the pipeline says ``auto``.
         cached: keys and values are kept for later calls (``first``), and those of earlier calls seen too: where they
-            are (``more``), or of some requests where the new tokens are (``mixed``).
+            are, by any number of new tokens (``more``) or by one of each request (``decode``), or of some requests
+            where the new tokens are (``mixed``).
         cache_dtype: of kept keys and values; None for the model's own.
         kept: windows of the keys and values to keep, which are the outputs' end; None for all tokens.
         query_bytes: of one token's queries on their way to earlier keys and of what comes back, in all layers of a
@@ -120,6 +121,11 @@ class Program:
     def parallel(self) -> bool:
         """Whether anything is sharded at all."""
         return (self.sp > 1 or bool(self.cached)) and self.tokens is not None
+
+    @property
+    def steps(self) -> bool:
+        """Whether all new queries see earlier keys where those are."""
+        return self.cached in ("more", "decode")
 
     @property
     def splits_losses(self) -> bool:

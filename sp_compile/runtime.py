@@ -341,7 +341,7 @@ class ParallelModule(nn.Module):
 
     def _run_step(self, args: Sequence[Any], kwargs: Mapping[str, Any], step: Step) -> Any:
         install_output_hooks(self.module, kwargs)
-        self._step = step = replace(step, short=self.builder.is_short(step))
+        self._step = step = self.builder.suited(step)
         if self._explained is not None:
             tensors = {name: each for name, each in kwargs.items() if isinstance(each, torch.Tensor)}
             device = self._device(tensors)

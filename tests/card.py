@@ -70,10 +70,12 @@ def pretend() -> None:
     from triton.backends.compiler import GPUTarget
     from triton.runtime.interpreter import InterpreterBuilder
 
+    from sp_compile.builder import Builder
     from sp_compile.program import Program
 
     _guard()
     Program.device_kind = lambda self, node: "cuda"  # type: ignore[method-assign]
+    Builder.compiles_for_gpu = True  # type: ignore[assignment,method-assign]
     compile_fx.compile_fx = _with_inner(compile_fx.compile_fx, _for_card(compile_fx.compile_fx_inner))
     add = InterpreterBuilder.create_atomic_rmw
     InterpreterBuilder.create_atomic_rmw = lambda self, op, at, value, mask, *more: add(
@@ -134,7 +136,8 @@ def _for_card(compile_inner: Compiler) -> Compiler:
         for node in (node for each in functions for node in each.graph.nodes):  # of scores and masks
             node.meta["val"] = fx.node.map_aggregate(node.meta.get("val"), _moved)
         FakeTensorProp(gm, mode).propagate_dont_convert_inputs(*moved)
-        with config.patch(force_disable_caches=True, compile_threads=1):
+        # with nothing to choose by time, blocks are those that suit most sizes, and not the first of a choice
+        with config.patch({"force_disable_caches": True, "compile_threads": 1, "triton.autotune_pointwise": False}):
             return compile_inner(gm, moved, **options)
 
     return compiled

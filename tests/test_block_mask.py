@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from sp_compile.kernels.flex import BLOCK, block_mask, blocks, split_blocks, split_count
+from sp_compile.kernels.flex import BLOCK, block_mask, blocks
 from sp_compile.kernels.plan import seen_rows
 from sp_compile.layout import token_layout
 from tests.test_plan import CAUSAL, DOCUMENTS, Drawn, documents, positions, seen
@@ -197,59 +197,6 @@ def test_queries_that_see_no_key_by_hand():
     assert not check_seen("", [], torch.zeros(7, dtype=torch.bool), (5, 7)).any()
     ahead = "t0 = sub(x1, x0); mask = ge(t0, 100)"
     assert check_seen(ahead, positions(300), None, (300, 300)).sum() == 200
-
-
-def kinds_of(listed: torch.Tensor, width: int) -> torch.Tensor:
-    """0, 1 for partial or 2 for full, ``[rows, row blocks, key blocks]``, each block named once."""
-    found = torch.zeros(*listed.shape[:2], width, dtype=torch.int64)
-    for row, block, kind in itertools.product(*map(range, listed.shape[:3])):
-        count, *which = listed[row, block, kind].tolist()
-        assert sorted({*which[:count]}) == which[:count]
-        assert not found[row, block, which[:count]].any()
-        found[row, block, which[:count]] = kind + 1
-    return found
-
-
-@pytest.mark.parametrize(
-    ("case", "group", "splits"),
-    [
-        (EXACT["everything"], 3, 2),
-        (EXACT["nothing"], 2, 5),
-        (EXACT["causal"], 2, 4),
-        (EXACT["one token"], 8, 1),
-        (EXACT["packed"], 1, 3),
-        (ranked([600, 5, 333, 1], 3, 1), 4, 9),
-        (("t0 = eq(x3, x2); t1 = le(x1, x0); mask = and(t0, t1)", [torch.full((3, 1), 999), torch.arange(2000)[None],
-          torch.tensor([0, 1, 3])[:, None], torch.arange(2000)[None] // 500], torch.arange(2000) % 500 < 480,
-          (3, 2000)), 7, 6),
-    ],
-)  # fmt: skip
-def test_splits_hold_the_blocks_of_all_rows_once_and_about_as_many_each(case: Case, group: int, splits: int):
-    rule, operands, valid, (queries, keys) = case
-    listed = block_mask(operands, [], rule, valid, queries, keys)
-    split = torch.from_numpy(split_blocks(listed.numpy(), queries, group * queries, splits))
-    assert split.dtype == torch.int32
-    assert split.shape[:3] == (splits, blocks(group * queries), 2)
-    parts = kinds_of(split, blocks(keys))
-    assert (parts > 0).sum(dim=0).max() <= 1
-    sizes = (parts > 0).sum(dim=2)
-    assert (sizes.amax(dim=0) - sizes.amin(dim=0)).max() <= 1
-    found = parts.sum(dim=0)
-    mask = seen(rule, operands, valid, (queries, keys))[:, 0].repeat(1, group, 1)
-    some, every = by_blocks(mask)
-    assert not (some[0] & (found == 0)).any()
-    assert not (~every[0] & (found == 2)).any()
-    if group == 1:
-        assert torch.equal(found, kinds_of(listed, blocks(keys))[0])
-    if queries <= BLOCK and valid is None:
-        assert torch.equal(found > 0, some[0])
-
-
-def test_keys_are_split_as_far_as_a_gpu_has_room():
-    assert split_count(16 * 4, 1 << 21, 8) == 32
-    assert split_count(4096 * 4, 1 << 17, 8) == 2
-    assert split_count(64, 300, 8) == 3
-    assert split_count(64, 1, 1) == 2
 
 
 @pytest.mark.parametrize("rows", [1, 2])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from sp_compile.host_part import PLANS, obstacle, split
 from sp_compile.storage import Storage
 from tests.local_graphs import local_programs
 from tests.models import llama
+from tests.passes.test_lower_attention import by_blocks
 from tests.test_generation import check_greedy, prompts
 
 pytest.importorskip("transformers")
@@ -85,7 +87,9 @@ def reasons(parallel: Any) -> list[str]:
 # The two parts
 
 
-def test_the_parts_of_a_step_give_what_the_whole_gives(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("step", ["more", "decode"])
+def test_the_parts_of_a_step_give_what_the_whole_gives(step: str, monkeypatch: pytest.MonkeyPatch):
+    """Of a step for any number of new tokens, and of one for single tokens on a GPU, as far as a CPU can run it."""
     compared, run = [], codegen.LocalProgram.__call__
 
     def both(self: Any, inputs: Any, sizes: Any) -> Any:
@@ -100,8 +104,11 @@ def test_the_parts_of_a_step_give_what_the_whole_gives(monkeypatch: pytest.Monke
         return found
 
     monkeypatch.setattr(codegen.LocalProgram, "__call__", both)
-    sp_compile.generate(parallel_of(llama()), prompts((3, 30, 11)), max_new_tokens=4, eos_token_id=-1)
-    assert compared == ["first", "more", "more", "more"]
+    on_card = step == "decode"
+    with by_blocks() if on_card else nullcontext():
+        parallel = parallel_of(llama(), codegen="inductor" if on_card else "eager")
+        sp_compile.generate(parallel, prompts((3, 30, 11)), max_new_tokens=4, eos_token_id=-1)
+    assert compared == ["first", step, step, step]
 
 
 def test_code_is_generated_for_the_part_of_the_device():

@@ -11,12 +11,10 @@ import torch
 from torch import fx
 
 from sp_compile.kernels.plan import mask_rows, plan_regions, with_valid
-from sp_compile.kernels.regions import Region
+from sp_compile.kernels.regions import BLOCK, Region
 from sp_compile.kernels.runs import plan_within
 from sp_compile.score_rule import FUNCTIONS, call, needed
 
-BLOCK = 128  # queries and keys of a block, torch's default
-AT_ONCE = 256  # blocks of queries, two for each of a large GPU's processors
 KEYS = 16  # code for CPUs is wrong for less than a block of keys, of which 8 are more than a multiple of this
 OUTPUTS = {"mask": ("mask",), "score": ("score", "bias")}
 
@@ -55,45 +53,7 @@ def block_mask(
 
 def of_keys(listed: np.ndarray) -> np.ndarray:
     """The blocks of queries that see each block of keys, for the backward, from :func:`block_mask`; listed alike."""
-    return _listed(_flags(listed).transpose(0, 3, 2, 1))
-
-
-def split_blocks(listed: np.ndarray, queries: int, rows: int, splits: int) -> np.ndarray:
-    """The blocks of keys that each block of rows sees, dealt to splits in runs of about as many.
-
-    Args:
-        listed: from :func:`block_mask`, of one row of the batch.
-        queries: of which the rows are copies, one after another.
-
-    Returns:
-        int32 ``[splits, row blocks, 2, 2 + key blocks of a split]``, listed alike.
-    """
-    partial, full = _flags(listed[0]).swapaxes(0, 1)
-    numbers = np.arange(rows)
-    pairs = np.unique(numbers // BLOCK * len(full) + numbers % queries // BLOCK)  # blocks of rows and of their queries
-    begins = np.searchsorted(pairs // len(full), np.arange(-(-rows // BLOCK)))
-    some, every = (reduce.reduceat(of[pairs % len(full)], begins, axis=0)
-                   for reduce, of in ((np.logical_or, partial | full), (np.logical_and, full)))  # fmt: skip
-    found = np.zeros((splits, blocks(rows), 2, 2 + -(-full.shape[1] // splits)), dtype=np.int32)
-    for block, touched in enumerate(some):
-        seen = np.flatnonzero(touched)
-        edges = (np.arange(splits + 1) * len(seen) + splits - 1) // splits
-        for split in range(splits):
-            part = seen[edges[split] : edges[split + 1]]
-            whole = every[block, part]
-            for kind, chosen in enumerate((part[~whole], part[whole])):
-                found[split, block, kind, 0] = len(chosen)
-                found[split, block, kind, 1 : 1 + len(chosen)] = chosen
-    return found
-
-
-def split_count(rows: int, keys: int, heads: int) -> Any:
-    """Into how many parts keys are split so that a GPU has enough to do: as many as it runs blocks of queries at once.
-
-    The sizes may be symbols. There are two parts at least, since code for one would be other code.
-    """
-    of_queries = heads * ((rows + BLOCK - 1) // BLOCK)
-    return torch.sym_max(2, torch.sym_min(AT_ONCE // of_queries, (keys + BLOCK - 1) // BLOCK))
+    return _listed(flagged(listed).transpose(0, 3, 2, 1))
 
 
 def blocks(length: int) -> int:
@@ -124,7 +84,7 @@ def _mark(kinds: np.ndarray, region: Region, queries: int, keys: int) -> None:
         part[filled] = 2
 
 
-def _flags(listed: np.ndarray) -> np.ndarray:
+def flagged(listed: np.ndarray) -> np.ndarray:
     """Which blocks a list names; the inverse of :func:`_listed`."""
     counts, which = listed[..., :1], listed[..., 1:]
     found = np.zeros(which.shape, dtype=bool)

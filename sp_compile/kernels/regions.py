@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 UNBOUNDED = 1 << 40
+BLOCK = 128  # queries and keys of a block of FlexAttention, torch's default
 BOX = 1 << 12  # elements that are looked at in one go
 
 

@@ -85,6 +85,7 @@ def after(
     functional: bool = True,
     isolated: bool = False,
     cached: str = "",
+    device: str = "",
     **config: Any,
 ) -> Program:
     """The program after the pass ``last`` of the default pipeline, or as captured for None.
@@ -94,7 +95,8 @@ def after(
         inputs: keyword arguments; by default a packed row of embeddings.
         options: of passes, by their names.
         isolated: as for a packed batch that the model itself would mix.
-        cached: as with a cache: ``first``, ``more`` or ``mixed``.
+        cached: as with a cache: ``first``, ``more``, ``decode`` or ``mixed``.
+        device: the kind that code is for; the model's by default.
         functional: False captures as models are that cannot be made functional, with composite ops as written.
     """
     names = list(registered_passes())
@@ -103,6 +105,8 @@ def after(
     module = model if isinstance(model, nn.Module) else small(model)
     chosen = compile_config(pipeline=pipeline, **config)
     parallel = ParallelModule(module.eval(), mesh.pretend(sp, chosen.ranks_per_node), chosen)
+    if device:
+        parallel.builder.pretend_device(torch.device(device))
     build = parallel.builder.build
 
     def captured(gm: fx.GraphModule, *_: Any, **__: Any) -> Any:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
 
 import pytest
@@ -14,6 +15,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 import sp_compile
 from sp_compile import codegen
+from sp_compile.builder import Builder
 from sp_compile.graph_text import lines
 from sp_compile.invariants import KERNELS_LOWERED
 from sp_compile.kernels import choice
@@ -388,15 +390,23 @@ def mistral() -> Any:
     return transformers.MistralForCausalLM(config).eval()
 
 
+@contextmanager
+def by_blocks() -> Iterator[pytest.MonkeyPatch]:
+    """Programs are those for a GPU, where :class:`ByBlocks` stands in for generated code."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Program, "device_kind", lambda self, node: "cuda")
+        patched.setattr(Builder, "compiles_for_gpu", True)
+        patched.setattr(codegen, "compile_graph", lambda gm, *_: ByBlocks(gm).run)
+        patched.setitem(choice.KERNELS, "flex", lambda need: None)
+        patched.setattr(ByBlocks, "rows", [])
+        yield patched
+
+
 def generated_by_blocks(build: Callable[[], Any], sp: int | None) -> tuple[float, set[int], ParallelModule]:
     """The error of log-probabilities, into how many parts keys were split, and the model that ran."""
     torch.manual_seed(5)
     model, requests = build(), prompts((1, 17, 200))
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(Program, "device_kind", lambda self, node: "cuda")
-        patched.setattr(codegen, "compile_graph", lambda gm, *_: ByBlocks(gm).run)
-        patched.setitem(choice.KERNELS, "flex", lambda need: None)
-        patched.setattr(ByBlocks, "rows", [])
+    with by_blocks():
         parallel = sp_compile.parallelize(model, sp=sp, kernel="flex")
         options: dict[str, Any] = {"max_new_tokens": 4, "prefill_tokens": 150, "eos_token_id": -1}
         found = sp_compile.generate(parallel, requests, logprobs=True, prompt_logprobs=True, **options)
@@ -424,12 +434,38 @@ def test_keys_of_a_cache_are_split_on_a_gpu(build: Callable[[], Any], heads: int
     assert 1 in parts
     assert max(parts) > 1
     for program in local_programs(parallel):
-        split = calls(program, "as_parts")
+        split, of_queries = calls(program, "as_parts"), calls(program, "queries_of_parts")
+        layers = len(flexes(program)) // 2 if program.steps else 0
+        decodes = program.cached == "decode"
+        assert [len(split), len(of_queries)] == [layers * (not decodes), layers * decodes]
         assert len(split) == len(calls(program, "merged_parts"))
-        assert len(split) == (len(flexes(program)) // 2 if program.cached == "more" else 0)
+        assert len(of_queries) == len(calls(program, "merged_queries"))
         assert len(calls(program, "sp_compile.split_block_mask")) == bool(split)
-        assert all(shape_of(each)[1] == heads for each in split)
-    assert "more" in {each.cached for each in local_programs(parallel)}
+        assert len(calls(program, "sp_compile.query_blocks")) == bool(of_queries)
+        assert all(shape_of(each)[1] == heads for each in (*split, *of_queries))
+    assert {"more", "decode"} <= {each.cached for each in local_programs(parallel)}
+
+
+@pytest.mark.parametrize(("build", "split"), [(llama, True), (mistral, True), (bloom, False)])
+def test_rows_of_a_batch_decode_together(build: Callable[[], Any], split: bool):
+    """Padded ones; biases of each head are not for heads of several rows."""
+    torch.manual_seed(6)
+    model, ids = build(), torch.randint(3, 120, (3, 170))
+    mask = torch.ones_like(ids)
+    mask[0, :40] = mask[2, :150] = 0
+    options = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True,
+               "attention_mask": mask, "pad_token_id": 0, "eos_token_id": -1}  # fmt: skip
+    expected = model.generate(ids, **options)
+    with by_blocks():
+        parallel = sp_compile.parallelize(model, sp=1, kernel="flex")
+        found = parallel.generate(ids, **options)
+        parts = {*ByBlocks.rows}
+    for one, other in zip(found.logits, expected.logits, strict=True):
+        assert (one - other).abs().max() <= 1e-5 * other.abs().max()
+    assert found.sequences.equal(expected.sequences)
+    (program,) = (each for each in local_programs(parallel) if each.cached == "decode")
+    assert bool(calls(program, "queries_of_parts")) == split
+    assert (max(parts) > 3) == split
 
 
 def test_a_model_without_attention_is_left_alone():
