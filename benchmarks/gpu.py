@@ -18,30 +18,19 @@ from typing import Any
 
 import torch
 from gpu_attention import Areas, compare
+from gpu_decode import decode, steps
+from gpu_layout import layout_kernels
 from gpu_models import in_fp32, layers, small_shape, whole_model
-from gpu_parts import decode, layout_kernels
 from gpu_record import Record
-from gpu_runs import RULE, batches, block_mask_of
+from gpu_runs import batches
 from gpu_timing import Shape
 from gpu_training import training
-from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from sp_compile.kernels import flex
 from sp_compile.measure import machine, versions
-from sp_compile.passes.lower_attention import OPTIONS, repeated_rows
 
-PARTS = ("layout", "decode", "exact", "layers", "model", "training", "attention")
+PARTS = ("layout", "decode", "steps", "exact", "layers", "model", "training", "attention")
 HEADS = {"Llama-3-8B": (32, 8), "Qwen3-30B-A3B": (32, 4)}
-SMOKE = {"rounds": 1, "tokens": [256], "sp": [1, 2], "training": [256], "layers": [256], "model": [256]}
-
-
-def eager_with_lse(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: BlockMask) -> tuple[Any, Any]:
-    options = {"BACKEND": OPTIONS["BACKEND"]}
-    found, aux = flex_attention(q, k, v, block_mask=blocks, kernel_options=options, return_aux=AuxRequest(lse=True))
-    return found.float(), aux.lse
-
-
-with_lse = torch.compile(eager_with_lse, fullgraph=True)
+SMOKE = {"rounds": 1, "tokens": [256], "sp": [1, 2], "training": [256], "layers": [256], "model": [256], "steps": [256]}
 
 
 def parts_of(asked: argparse.Namespace, shapes: Sequence[Shape]) -> dict[str, Callable[[], dict[str, Any]]]:
@@ -49,18 +38,21 @@ def parts_of(asked: argparse.Namespace, shapes: Sequence[Shape]) -> dict[str, Ca
     found: dict[str, Callable[[], dict[str, Any]]] = {}
     rounds, small = asked.rounds, asked.smoke
     for shape in shapes:
-        code = with_lse if shape.device.type == "cuda" else eager_with_lse
         context = 64 if small else 131072
         of_part: dict[str, dict[str, Callable[[], dict[str, Any]]]] = {
             "layout": {"layout": partial(layout_kernels, shape, 256 if small else 32768, rounds)},
-            "decode": {"decode": partial(decode, shape, context, asked.sp, rounds, decoding_mask, code)},
+            "decode": {"decode": partial(decode, shape, context, asked.sp, rounds)},
+            "steps": {f"steps, {tokens} tokens a request": partial(steps, shape, tokens, rounds, small)
+                      for tokens in asked.steps},
             "exact": {"small model": partial(in_fp32, shape, asked.sp)},
             "layers": {f"layers, {tokens} tokens, sp={sp}": partial(layers, shape, tokens, sp, rounds, small)
                        for tokens in asked.layers for sp in asked.sp},
             "model": {f"model, {name}": partial(whole_model, shape, lengths, rounds, small)
                       for tokens in asked.model for name, lengths in batches(tokens).items()},
         }  # fmt: skip
-        left_out = (["exact"] if shape is shapes[0] else ["layers", "model"]) if small else []  # compiling is slow
+        left_out = (
+            (["exact"] if shape is shapes[0] else ["steps", "layers", "model"]) if small else []
+        )  # compiling is slow
         for part in asked.parts:
             runs = {} if part in left_out else of_part.get(part, {})
             found |= {f"{shape.name}, {name}": run for name, run in runs.items()}
@@ -86,6 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sp", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--scheme", default="zigzag", help="the layout's, of the part attention")
     parser.add_argument("--tokens", type=int, nargs="+", default=[32768, 131072, 524288], help="of attention")
+    parser.add_argument("--steps", type=int, nargs="+", default=[8192, 131072], help="tokens of each of 16 requests")
     parser.add_argument("--layers", type=int, nargs="+", default=[131072], help="tokens of two layers")
     parser.add_argument("--model", type=int, nargs="+", default=[8192, 32768], help="tokens of whole models")
     parser.add_argument(
@@ -124,19 +117,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     record.write()
     if record.raised:
         sys.exit(f"{len(record.raised)} parts raised: {'; '.join(record.raised)}")
-
-
-def decoding_mask(operands: list[torch.Tensor], runs: torch.Tensor, rows: int, splits: int) -> BlockMask:
-    """The block mask of new tokens, again and again in so many rows, over parts of the keys of a rank.
-
-    Args:
-        runs: int64 ``[runs, 4]``, ranges outside of which no query sees a key.
-    """
-    queries, keys = len(operands[0]), len(operands[-1])
-    plan = flex.block_mask(operands[:-1], [], RULE, operands[-1], queries, keys, runs)
-    split = torch.from_numpy(flex.split_blocks(plan.numpy(), queries, rows, splits))
-    of_rows = [repeated_rows(each, rows) if each.dim() == 2 and len(each) == queries else each for each in operands]
-    return block_mask_of(split.to(operands[-1].device), of_rows)
 
 
 if __name__ == "__main__":

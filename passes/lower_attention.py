@@ -96,7 +96,8 @@ class _Lowering:
         """Replace one attention node; new nodes go in front of it."""
         args = ops.AttentionArgs(*node.args)
         if not self._splits(args):
-            results = self._flex(args, _tile(args, self._on_cpu(args)), ops.attention_part(node, 1) is not None)
+            tiles = {} if self._on_cpu(args) else tile(*_sizes_of(args))
+            results = self._flex(args, tiles, ops.attention_part(node, 1) is not None)
         else:
             results = self._split_each(args) if self.program.cached == "decode" else self._split(args)
         for i, value in enumerate(results):
@@ -126,7 +127,7 @@ class _Lowering:
         plan = self._once(torch.ops.sp_compile.split_block_mask.default, args.plan, count, rows, splits)
         operands = [self._repeated(each, rows) for each in args.operands]
         split = args._replace(q=q, plan=plan, operands=operands, partial=True)
-        parts = self._flex(split, _tile(split, False), True)
+        parts = self._flex(split, tile(*_sizes_of(args)), True)
         return self._merged(args, self._once(merged_parts, *parts, group, count))
 
     def _split_each(self, args: ops.AttentionArgs) -> tuple[fx.Node, fx.Node]:
@@ -148,7 +149,7 @@ class _Lowering:
         k, v = (self._one_row(each) for each in (args.k, args.v))
         operands = [self._of_parts(each, numbers, batch, heads) for each in args.operands]
         each = args._replace(q=q, k=k, v=v, plan=plan, operands=operands, partial=True)
-        found = self._flex(each, _few_tile(each, filled_rows(group)), True)
+        found = self._flex(each, few_tile(filled_rows(group), *_sizes_of(args)), True)
         most = self._once(operator.add, spare, 1)
         return self._merged(args, self._once(merged_queries, *found, numbers, batch, group, count, most))
 
@@ -186,10 +187,10 @@ class _Lowering:
         found.meta["val"] = whole.new_empty(*whole.shape[:-2], BLOCK, whole.shape[-1])
         return found
 
-    def _flex(self, args: ops.AttentionArgs, tile: dict[str, int], with_lse: bool) -> tuple[fx.Node, fx.Node]:
+    def _flex(self, args: ops.AttentionArgs, tiles: dict[str, int], with_lse: bool) -> tuple[fx.Node, fx.Node]:
         """Output and log-sum-exp by FlexAttention."""
         score, mask = (self._function(args, output) for output in ("score", "mask"))
-        options = {**OPTIONS, **tile, "OUTPUT_LOGSUMEXP": with_lse or self.program.differentiable}
+        options = {**OPTIONS, **tiles, "OUTPUT_LOGSUMEXP": with_lse or self.program.differentiable}
         q, k, v = args.q, args.k, args.v
         if self._fills_up(args):
             k, v = (self._of_dtype(each, q.meta["val"].dtype) for each in (k, v))  # which code for GPUs does itself
@@ -325,17 +326,26 @@ def _grouped(args: ops.AttentionArgs) -> tuple[int, int]:
     return heads // group, group
 
 
-def _tile(args: ops.AttentionArgs, on_cpu: bool) -> dict[str, int]:
-    """Queries and keys that a GPU computes at a time, where torch has no choice of its own that fits."""
-    q, v = args.q.meta["val"], args.v.meta["val"]
-    large = not on_cpu and max(q.shape[-1], v.shape[-1]) > LARGE
-    return LARGE_TILES[q.element_size()] if large else {}
+def tile(dim: int, itemsize: int) -> dict[str, int]:
+    """Queries and keys that a GPU computes at a time, where torch has no choice of its own that fits.
+
+    Args:
+        dim: of a head.
+        itemsize: bytes of an element.
+    """
+    return LARGE_TILES[itemsize] if dim > LARGE else {}
 
 
-def _few_tile(args: ops.AttentionArgs, rows: int) -> dict[str, int]:
-    """As :func:`_tile`, of so many queries, which are few; such a program waits for its keys."""
-    of_keys = _tile(args, False) or FEW_TILES[args.q.meta["val"].element_size()]
+def few_tile(rows: int, dim: int, itemsize: int) -> dict[str, int]:
+    """As :func:`tile`, of so many queries, which are few; such a program waits for its keys."""
+    of_keys = tile(dim, itemsize) or FEW_TILES[itemsize]
     return {**of_keys, "BLOCK_M": min(rows, of_keys.get("BLOCK_M", BLOCK)), "num_warps": 4}
+
+
+def _sizes_of(args: ops.AttentionArgs) -> tuple[int, int]:
+    """Dim of a head, and bytes of an element."""
+    q, v = args.q.meta["val"], args.v.meta["val"]
+    return int(max(q.shape[-1], v.shape[-1])), q.element_size()
 
 
 def _ones(size: int) -> torch.Tensor:
