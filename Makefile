@@ -44,7 +44,7 @@ docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 golden: $(READY)
-	$(BIN)/python -m pytest tests/test_golden.py -k what_the_passes_change --update-golden $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/test_golden.py tests/test_gpu_graphs.py -k 'what_the_passes_change or graphs_for_a_gpu' --update-golden $(PYTEST_ARGS)
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else \

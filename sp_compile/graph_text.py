@@ -64,7 +64,7 @@ def _size_text(size: Any, letters: Mapping[str, str]) -> str:
 
 def _letters(program: Program) -> dict[str, str]:
     """Short names of symbols: ``T`` tokens, ``n`` rows per rank, and so on."""
-    named = {str(size.node.expr): LETTERS[name] for name, size in program.symbols.items() if name in LETTERS}
+    named = {str(size.node.expr): LETTERS.get(name, name) for name, size in program.symbols.items()}
     return named if program.tokens is None else {str(program.tokens): "T", **named}
 
 

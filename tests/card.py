@@ -126,6 +126,14 @@ def _for_card(compile_inner: Compiler) -> Compiler:
     from torch._inductor import config
     from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
+    class OnCard(FakeTensorProp):
+        """Has plans on the GPU too, since copies from a CPU to itself are not in the graph."""
+
+        def run_node(self, n: fx.Node) -> Any:
+            found = fx.node.map_aggregate(super().run_node(n), _moved)
+            n.meta["val"] = fx.node.map_aggregate(n.meta.get("val"), _moved)
+            return found
+
     def compiled(gm: fx.GraphModule, inputs: list[Any], **options: Any) -> Any:
         moved = [_moved(each) for each in inputs]
         mode = next(each.fake_mode for each in moved if isinstance(each, FakeTensor))
@@ -135,7 +143,7 @@ def _for_card(compile_inner: Compiler) -> Compiler:
         functions = [each for each in gm.modules() if isinstance(each, fx.GraphModule) and each is not gm]
         for node in (node for each in functions for node in each.graph.nodes):  # of scores and masks
             node.meta["val"] = fx.node.map_aggregate(node.meta.get("val"), _moved)
-        FakeTensorProp(gm, mode).propagate_dont_convert_inputs(*moved)
+        OnCard(gm, mode).propagate_dont_convert_inputs(*moved)
         # with nothing to choose by time, blocks are those that suit most sizes, and not the first of a choice
         with config.patch({"force_disable_caches": True, "compile_threads": 1, "triton.autotune_pointwise": False}):
             return compile_inner(gm, moved, **options)
@@ -155,7 +163,7 @@ def _device(value: Any) -> Any:
 
 
 def _moved(value: Any) -> Any:
-    if not isinstance(value, FakeTensor):
+    if not isinstance(value, FakeTensor) or value.device == CARD:
         return value
     with value.fake_mode:
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=CARD)

@@ -121,12 +121,12 @@ def test_a_model_that_trains_is_shown_as_it_trains():
 HEAD_DIM = 16  # a GPU's FlexAttention takes no smaller
 
 
-def for_a_gpu(train: bool) -> Any:
+def for_a_gpu(train: bool, layers: int = 2) -> Any:
     """A model without memory, in bf16."""
     torch._dynamo.reset()
     sizes = {**SIZES, "hidden_size": 6 * HEAD_DIM, "head_dim": HEAD_DIM}
     with torch.device("meta"):
-        config = transformers.LlamaConfig(num_hidden_layers=2, **sizes)
+        config = transformers.LlamaConfig(num_hidden_layers=layers, **sizes)
         model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     return model.train(train).bfloat16()
 
