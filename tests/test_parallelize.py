@@ -211,6 +211,18 @@ def test_one_rank_needs_no_process_group_and_leaves_the_model_as_it_is():
         sp_compile.parallelize(gpt(), sp=1).generate()
 
 
+def test_a_model_keeps_what_is_on_the_device_for_lengths_and_shares_it_with_none():
+    found = []
+    for _ in range(2):
+        parallel = sp_compile.parallelize(gpt(), sp=1, codegen="eager")
+        for _ in range(2):
+            parallel(tokens(1, 9))
+            found.append(parallel._last[1].index_inputs["rank"])
+    first, again, others, _ = found
+    assert first is again
+    assert first is not others
+
+
 def test_verify_tells_right_from_wrong():
     torch._dynamo.reset()
     model = llama()
