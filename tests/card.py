@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
+from sp_compile.host_part import PLANS
 from tests.ranks import LIMIT, ONE_THREAD, ROOT, RankPool, serve
 
 INTERPRETED = {"TRITON_INTERPRET": "1"}  # which Triton reads when it is imported
@@ -66,7 +67,7 @@ def pretend() -> None:
     from torch._dynamo.device_interface import CudaInterface
     from torch._inductor import compile_fx, scheduler
     from torch._inductor.codecache import PyCodeCache
-    from torch._inductor.runtime import triton_helpers
+    from torch._inductor.runtime import triton_helpers, triton_heuristics
     from triton.backends.compiler import GPUTarget
     from triton.runtime.interpreter import InterpreterBuilder
 
@@ -91,6 +92,7 @@ def pretend() -> None:
     scheduler.has_triton = lambda *_: True
     torch.utils._triton.triton_hash_with_backend = lambda: "interpreted"
     triton_helpers.libdevice = _Elementwise()
+    triton_heuristics.cached_autotune = _largest(triton_heuristics.cached_autotune)
     own: dict[str, Any] = {  # each a function of its own, by which Dynamo knows them
         "get_device_properties": lambda *_: H100, "_get_device_properties": lambda *_: H100,
         "get_device_capability": lambda *_: (9, 0), "current_device": lambda: 0, "device_count": lambda: 1,
@@ -126,29 +128,39 @@ def _for_card(compile_inner: Compiler) -> Compiler:
     from torch._inductor import config
     from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-    class OnCard(FakeTensorProp):
-        """Has plans on the GPU too, since copies from a CPU to itself are not in the graph."""
-
-        def run_node(self, n: fx.Node) -> Any:
-            found = fx.node.map_aggregate(super().run_node(n), _moved)
-            n.meta["val"] = fx.node.map_aggregate(n.meta.get("val"), _moved)
-            return found
-
     def compiled(gm: fx.GraphModule, inputs: list[Any], **options: Any) -> Any:
         moved = [_moved(each) for each in inputs]
         mode = next(each.fake_mode for each in moved if isinstance(each, FakeTensor))
         for node in gm.graph.nodes:
             node.args, node.kwargs = fx.node.map_aggregate((node.args, node.kwargs), _device)
+        _send_plans(gm.graph)
         gm.recompile()
         functions = [each for each in gm.modules() if isinstance(each, fx.GraphModule) and each is not gm]
         for node in (node for each in functions for node in each.graph.nodes):  # of scores and masks
             node.meta["val"] = fx.node.map_aggregate(node.meta.get("val"), _moved)
-        OnCard(gm, mode).propagate_dont_convert_inputs(*moved)
-        # with nothing to choose by time, blocks are those that suit most sizes, and not the first of a choice
-        with config.patch({"force_disable_caches": True, "compile_threads": 1, "triton.autotune_pointwise": False}):
+        FakeTensorProp(gm, mode).propagate_dont_convert_inputs(*moved)
+        with config.patch(force_disable_caches=True, compile_threads=1):
             return compile_inner(gm, moved, **options)
 
     return compiled
+
+
+def _send_plans(graph: fx.Graph) -> None:
+    """Copy plans to the GPU, for which copies from a CPU to itself stood that are not in the graph."""
+    for node in [each for each in graph.nodes if each.target in PLANS]:
+        users = [each for each in node.users if each.target not in PLANS]
+        if users:
+            with graph.inserting_after(node):
+                sent = graph.call_function(torch.ops.prims.device_put.default, (node, CARD))
+            for each in users:
+                each.replace_input_with(node, sent)
+
+
+def _largest(choose: Compiler) -> Compiler:
+    """Blocks as large as may be, where times would choose: each costs the interpreter about as much."""
+    return lambda size_hints, configs, *more, **options: choose(
+        size_hints, [max(configs, key=lambda each: each.kwargs.get("XBLOCK", 0))], *more, **options
+    )
 
 
 def _broadcast(mask: Any, at: Any) -> Any:
@@ -163,7 +175,7 @@ def _device(value: Any) -> Any:
 
 
 def _moved(value: Any) -> Any:
-    if not isinstance(value, FakeTensor) or value.device == CARD:
+    if not isinstance(value, FakeTensor):
         return value
     with value.fake_mode:
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=CARD)
