@@ -71,11 +71,12 @@ class MinimizeCommunication(Pass):
         brought = self._where_fewest_bytes_cross(program)
         self._gather_once(program)  # also what others gather that keys and values are computed from
         if self.join_keys_and_values:
+            packed: dict[tuple[fx.Node, ...], fx.Node] = {}
             for node, gathers in brought:
                 to_cache = [user for user in node.args[0].users if _is_gather(user)]
                 gathers = [each for each in gathers if each.users and _is_gather(each)]  # others are joined already
-                if not (gathers and to_cache and _join(program, [*gathers, *to_cache])) and len(gathers) > 1:
-                    _join(program, gathers)
+                if not (gathers and to_cache and _join(program, [*gathers, *to_cache], packed)) and len(gathers) > 1:
+                    _join(program, gathers, packed)
             for node in ops.attention_nodes(program.graph):
                 _spread_together(program.graph, [*node.args[:3]])
         program.remove_dead_code()
@@ -142,20 +143,26 @@ def _gathers(keys: Any) -> Sequence[Any]:
     return keys.args[:2] if keys.target is ops.joined_keys else (keys,)
 
 
-def _join(program: Program, gathers: list[fx.Node]) -> bool:
-    """Gather in one collective what is known before any of it is used; whether that is so."""
+def _join(program: Program, gathers: list[fx.Node], packed: dict[tuple[fx.Node, ...], fx.Node]) -> bool:
+    """Gather in one collective what is known before any of it is used; whether that is so.
+
+    Args:
+        packed: what was put together before, by its parts; stages of a ring send the same rows.
+    """
     sources: list[Any] = [each.args[0] for each in gathers]
     last = max(sources)
     rows, everyone = replace(placement(sources[0]), dim=0), replace(placement(gathers[0]), dim=0)
     same = {(source.meta["val"].dtype, replace(placement(source), dim=0)) for source in sources}
     if len(same) > 1 or any(user < last for each in gathers for user in each.users):
         return False
-    graph, before = program.graph, last.next
-    with graph.inserting_before(before):
-        flat = [_rows(graph, source, rows) for source in sources]
-        joined = add_call(graph, aten.cat.default, (flat, 1), rows)
+    graph, key = program.graph, tuple(sources)
+    if key not in packed:
+        with graph.inserting_before(last.next):
+            packed[key] = add_call(graph, aten.cat.default, ([_rows(graph, each, rows) for each in sources], 1), rows)
+    joined = packed[key]
+    with graph.inserting_before(joined.next):
         gathered = add_call(graph, ops.redistribute, (joined,), everyone)
-        widths = [each.meta["val"].shape[1] for each in flat]
+        widths = [each.meta["val"].shape[1] for each in joined.args[0]]
         parts = add_call(graph, aten.split_with_sizes.default, (gathered, widths, 1), (everyone,) * len(gathers))
         for i, (each, source) in enumerate(zip(gathers, sources, strict=True)):
             back = _rows_back(graph, add_call(graph, getitem, (parts, i), everyone), source, everyone)

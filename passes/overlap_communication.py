@@ -27,7 +27,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from sp_compile.collectives import EXCHANGE, is_start, is_wait, reading_order
+from sp_compile.collectives import EXCHANGE, depends, is_start, is_wait, reading_order
 from sp_compile.errors import ConfigError
 from sp_compile.invariants import LOCAL, LOWERED, OVERLAPPED
 from sp_compile.pipeline import Pass
@@ -62,7 +62,8 @@ class OverlapCommunication(Pass):
                 last.append(node)
             last = node
             if is_start(node):
-                if node.target is EXCHANGE and started is not None:
+                # what it depends on anyway need not be named, and would be held until then
+                if node.target is EXCHANGE and started is not None and not depends(node, started):
                     node.args = (*node.args, started)
                 started = node
 

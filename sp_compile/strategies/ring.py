@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from operator import getitem
 
 import torch
@@ -43,15 +44,16 @@ def ringed(site: Site) -> None:
         out, lse = stage.meta["val"]
         stage.meta["val"] = out.to(lse.dtype), lse
 
-    def add(target: object, *args: object, placed: object = Shard(2)) -> fx.Node:
+    def add(target: object, *args: object, placed: object = Shard(2), before: fx.Node = before) -> fx.Node:
         with program.graph.inserting_before(before):
             return add_call(program.graph, target, args, placed, like=own)
 
-    merged = [add(getitem, own, i) for i in range(2)]
-    for stage in stages[1:]:
-        parts = [add(aten.unsqueeze.default, add(getitem, stage, i), 0, placed=Shard(3)) for i in range(2)]
-        both = add(ops.merge_partials, *merged, *parts, placed=(Shard(2), Shard(2)))
-        merged = [add(getitem, both, i) for i in range(2)]
+    merged = [add(getitem, own, i, before=stages[1]) for i in range(2)]
+    for stage, following in zip(stages[1:], [*stages[2:], before], strict=True):  # a part is gone before the next comes
+        add_here = partial(add, before=following)
+        parts = [add_here(aten.unsqueeze.default, add_here(getitem, stage, i), 0, placed=Shard(3)) for i in range(2)]
+        both = add_here(ops.merge_partials, *merged, *parts, placed=(Shard(2), Shard(2)))
+        merged = [add_here(getitem, both, i) for i in range(2)]
     whole = [add(aten.to.dtype, merged[0], dtype), merged[1]]
     for i, users in readers.items():
         for user in users:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from sp_compile.collectives import is_heavy, is_start, is_wait, shadows
+from sp_compile.collectives import depends, is_heavy, is_start, is_wait, shadows
 from sp_compile.errors import ConfigError
 from sp_compile.invariants import OVERLAPPED, Violation
 from sp_compile.layout import token_layout
@@ -81,7 +81,18 @@ def test_exchanges_name_the_collective_before_them():
     assert len(first.args) == 5
     exchanges = [i for i, node in enumerate(others) if op_name(node) == "sp_compile.exchange_rows"]
     assert len(exchanges) == 5
-    assert all(others[i].args[5] is [first, *others][i] for i in exchanges)
+    named = [i for i in exchanges if len(others[i].args) > 5]
+    assert all(others[i].args[5] is [first, *others][i] for i in named)
+    assert [i for i in exchanges if i not in named] == [2]  # the next layer's first, computed from what those brought
+    assert depends(others[2], others[1])
+
+
+def test_parts_of_a_ring_are_merged_before_the_next_is_attended_to():
+    found = [op_name(each) for each in program("ring", sp=4).graph.nodes]
+    steps = [each.rpartition(".")[2] for each in found if each in ("sp_compile.attention", "merge_partials")]
+    assert steps == 2 * ["attention", *3 * ["attention", "merge_partials"]]
+    packed = [node for node in program("ring", sp=4).graph.nodes if is_start(node)]
+    assert len({node.args[0] for node in packed[:3]}) == 1
 
 
 def test_what_is_computed_stays_the_same():
