@@ -22,6 +22,9 @@ from sp_compile.needs import Reach
 
 COPIES = 3  # of what arrives: it is written, taken apart into keys and values, and these are laid out for the kernel
 WIDE = 4  # bytes of an element of a partial output
+IN_FLIGHT = 2  # stages of a ring that travel at a time, see the pass overlap_communication
+PARTS = 3  # partial outputs that exist at a time: two that are merged, and what they become
+SPREAD = 2  # times the heads that a rank exchanges are there: what it sends, and what it gets
 
 
 @dataclass(frozen=True)
@@ -163,6 +166,45 @@ class _Case:
         assert self.nodes is not None
         return self._exchanged(self._lists(self.nodes.size), self.nodes.size) + self._keys_of_peers()
 
+    def held_alone(self) -> float:
+        return 0.0
+
+    def held_gathered(self) -> float:
+        return self._keys((self.layout.sp + 1) * self.layout.shard_length)  # what is sent, and what all have sent
+
+    def held_fetched(self) -> float:
+        rows = self.layout.shard_length
+        sent, come = needs.exchanged(self.layout, needs.Fetch(self.attention.reach), self.apart)
+        return self._keys(max(rows + sent + come, 2 * (rows + come)))  # on the way, and when it is put behind its own
+
+    def held_in_ring(self) -> float:
+        stages = [needs.Fetch(self.attention.reach, each) for each in needs.ring_stages(self.layout.sp)]
+        sent, come = (max(each) for each in zip(*(needs.exchanged(self.layout, each, self.apart) for each in stages),
+                                                strict=True))  # fmt: skip
+        on_the_way = min(IN_FLIGHT, len(stages) - 1)
+        keys = self.layout.shard_length + on_the_way * sent + (on_the_way + 1) * come
+        outputs = self.layout.shard_length * self.attention.heads * (self.attention.dims / 2 + 1) * WIDE
+        return self._keys(keys) + PARTS * outputs
+
+    def held_spread(self) -> float:
+        return SPREAD * self._spread_heads(self._lists(self.layout.sp), self.layout.sp)
+
+    def held_spread_in_nodes(self) -> float:
+        assert self.nodes is not None
+        lists = self._lists(self.nodes.size)
+        across = (self.layout.sp + self.nodes.size) * self.layout.shard_length * len(lists.keys[0])
+        keys = across * self.attention.dims * self.attention.itemsize
+        return SPREAD * self._spread_heads(lists, self.nodes.size) + keys
+
+    def _keys(self, rows: float) -> float:
+        """Bytes of keys and values of so many rows."""
+        return float(rows * self.attention.kv_heads * self.attention.dims * self.attention.itemsize)
+
+    def _spread_heads(self, lists: HeadLists, ranks: int) -> float:
+        """Queries, keys and values of one rank's heads and the rows of so many ranks."""
+        heads = len(lists.queries[0]) / 2 + len(lists.keys[0])
+        return ranks * self.layout.shard_length * heads * self.attention.dims * self.attention.itemsize
+
     def _keys_of_peers(self) -> float:
         """Keys and values of other nodes, for the heads of one rank."""
         assert self.nodes is not None
@@ -225,11 +267,36 @@ PREDICTED: dict[str, tuple[Callable[[_Case], float], Callable[[_Case], float]]] 
 }
 
 
+HELD: dict[str, Callable[[_Case], float]] = {
+    "local": _Case.held_alone,
+    "allgather_kv": _Case.held_gathered,
+    "fetch": _Case.held_fetched,
+    "window": _Case.held_fetched,
+    "ring": _Case.held_in_ring,
+    "ulysses": _Case.held_spread,
+    "hybrid": _Case.held_spread_in_nodes,
+}
+
+
 class Predicted(NamedTuple):
     """Seconds of an attention, and bytes that reach the rank which gets most."""
 
     seconds: float
     bytes_in: float
+
+
+def held(strategy: str, layout: TokenLayout, attention: Attention, apart: bool, nodes: Nodes | None = None) -> float:
+    """Bytes that a rank holds at most for one attention besides its share of what one rank would hold without others.
+
+    Keys and values are taken to cross as they are; what they are computed from crosses where it is smaller.
+
+    Args:
+        strategy: a key of :data:`HELD`.
+        apart, nodes: as of :func:`predicted`.
+    """
+    if layout.sp == 1:
+        return 0.0
+    return HELD[strategy](_Case(layout, attention, apart, RATES["cuda"], nodes))
 
 
 def predicted(

@@ -124,6 +124,14 @@ def received(layout: TokenLayout, reach: Reach, apart: bool) -> int:
 
 
 @lru_cache(maxsize=64)
+def exchanged(layout: TokenLayout, fetch: Fetch, apart: bool) -> tuple[int, int]:
+    """Rows that the rank which sends most sends, and that the one which gets most receives."""
+    counts = [fetched_rows(layout, rank, fetch, apart)[1].sum(axis=1) for rank in range(layout.sp)]
+    sent, come = np.max(counts, axis=0).tolist()
+    return sent, come
+
+
+@lru_cache(maxsize=64)
 def seen_pairs(layout: TokenLayout, reach: Reach, apart: bool) -> tuple[int, ...]:
     """Pairs of query and key that each rank's queries can see."""
     return tuple(int(np.diff(_seen(layout, rank, reach, apart)).sum()) for rank in range(layout.sp))

@@ -17,6 +17,7 @@ from torch import fx
 from sp_compile.collectives import STARTS, is_product, multiplications, shadows
 from sp_compile.files import written_whole
 from sp_compile.layout import TokenLayout
+from sp_compile.memory import peak
 from sp_compile.pipeline import PassStep
 from sp_compile.program import Fallback, Program, op_name, source_line
 from sp_compile.symbols import known_size
@@ -77,6 +78,8 @@ class Report:
         bytes_by_formula: that reach the rank which gets most, for attention by its strategies and for outputs, but not
             between ranks of tensor parallelism; None on one rank, beside a cache, and where tokens are not spread.
         choices: which strategies could have run attention; none where there are no ``bytes_by_formula``.
+        peak_bytes: the most that this rank holds at a time, weights and other inputs apart, see
+            :mod:`sp_compile.memory`; None where the pipeline ends before shapes are local.
         replayed: CUDA graphs of steps of decoding that there are, and how many steps were replayed; None where none
             are, which ``fallbacks`` explain where they were to be.
     """
@@ -95,6 +98,7 @@ class Report:
     bytes_by_formula: int | None = None
     choices: list[Choice] = field(default_factory=list)
     replayed: tuple[int, int] | None = None
+    peak_bytes: int | None = None
 
     @property
     def bytes_sent(self) -> int:
@@ -155,6 +159,7 @@ def make_report(
         fallbacks=list(program.fallbacks),
         steps=list(steps),
         replayed=replayed,
+        peak_bytes=None if program.local_inputs is None else peak(program, sizes).bytes,
     )
 
 
@@ -222,6 +227,8 @@ def _text(report: Report) -> list[str]:
         f"  {each.kind:10} {each.bytes_sent:12} bytes  {each.shape:24} {each.source:32} {_shadow(each)}"
         for each in report.collectives
     ]
+    if report.peak_bytes is not None:
+        text += ["", f"{report.peak_bytes} bytes held at most by a rank, besides weights and inputs"]
     if report.replayed is not None:
         text += ["", "{} CUDA graphs, {} steps replayed".format(*report.replayed)]
     text += ["", f"{len(report.fallbacks)} fallbacks"]
