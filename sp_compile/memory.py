@@ -57,8 +57,7 @@ def peak(program: Program, sizes: Mapping[str, int]) -> Peak:
         program: whose shapes are local.
         sizes: true values of its symbols; sizes that depend on data, as those of plans, count as 1.
     """
-    known = {size.node.expr: sizes[name] for name, size in program.symbols.items() if name in sizes}
-    held = [*_held(program, known)]
+    held = [*_held(program, sizes)]
     nodes = [*program.graph.nodes]
     change = [0] * (len(nodes) + 1)
     for each in held:
@@ -75,14 +74,19 @@ def peak(program: Program, sizes: Mapping[str, int]) -> Peak:
     return Peak(most, nodes[at].name, {name: size for name, size in there.most_common() if size})
 
 
-def _held(program: Program, sizes: Mapping[Any, int]) -> Iterator[_Held]:
-    nodes = [*program.graph.nodes]
-    place = {node: i for i, node in enumerate(nodes)}
-    run = _Sizes(program, sizes)
-    own, on_host = (
-        run.tensors(),
-        all(each.device.type == "cpu" for each in run.inputs if isinstance(each, torch.Tensor)),
-    )
+def values(program: Program, sizes: Mapping[str, int]) -> dict[fx.Node, list[torch.Tensor]]:
+    """The tensors of each node of a local graph, of true sizes and without data; views share the memory of another.
+
+    Args:
+        program, sizes: as of :func:`peak`.
+    """
+    return _Sizes(program, sizes).tensors()
+
+
+def _held(program: Program, sizes: Mapping[str, int]) -> Iterator[_Held]:
+    place = {node: i for i, node in enumerate(program.graph.nodes)}
+    inputs = [each for each in program.local_inputs or () if isinstance(each, torch.Tensor)]
+    own, on_host = values(program, sizes), all(each.device.type == "cpu" for each in inputs)
     first: dict[StorageWeakRef, tuple[fx.Node, torch.Tensor]] = {}
     last: dict[StorageWeakRef, int] = {}
     for node, tensors in own.items():
@@ -117,10 +121,11 @@ def _number(size: Any) -> int:
 class _Sizes(fx.Interpreter):
     """Runs a local graph on fake tensors of true sizes."""
 
-    def __init__(self, program: Program, sizes: Mapping[Any, int]) -> None:
+    def __init__(self, program: Program, sizes: Mapping[str, int]) -> None:
         super().__init__(program.gm, garbage_collect_values=False)
+        known = {size.node.expr: sizes[name] for name, size in program.symbols.items() if name in sizes}
         self.mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-        self.inputs = [self._fake(each, sizes) for each in program.local_inputs or ()]
+        self.inputs = [self._fake(each, known) for each in program.local_inputs or ()]
 
     def tensors(self) -> dict[fx.Node, list[torch.Tensor]]:
         """Those of each node."""
@@ -141,14 +146,14 @@ class _Sizes(fx.Interpreter):
         q, _, v = self.map_nodes_to_values(n.args[:3], n)
         return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
 
-    def _fake(self, value: Any, sizes: Mapping[Any, int]) -> Any:
-        def known(size: Any) -> int:
-            return known_size(size, sizes) or 1
+    def _fake(self, value: Any, known: Mapping[Any, int]) -> Any:
+        def true(size: Any) -> int:
+            return known_size(size, known) or 1
 
         if isinstance(value, torch.SymInt):
-            return known(value)
+            return true(value)
         if not isinstance(value, torch.Tensor):
             return value
-        shape, strides = (tuple(map(known, each)) for each in (value.shape, value.stride()))
+        shape, strides = (tuple(map(true, each)) for each in (value.shape, value.stride()))
         with self.mode:
             return torch.empty_strided(shape, strides, dtype=value.dtype, device=value.device)

@@ -63,9 +63,13 @@ captured = lru_cache(maxsize=None)(Captured)
 
 def peak(program: Program, layout: TokenLayout, rank: int = 0) -> memory.Peak:
     """Of a rank of this layout."""
+    return memory.peak(program, sizes_of(program, layout, rank))
+
+
+def sizes_of(program: Program, layout: TokenLayout, rank: int = 0) -> dict[str, int]:
+    """True sizes of a rank of this layout."""
     inputs = index_inputs(layout, rank) | needs.index_inputs(layout, rank, program.fetches, apart=True)
-    step = Step(layout, inputs, promised=True)
-    return memory.peak(program, step.sizes())
+    return Step(layout, inputs, promised=True).sizes()
 
 
 @pytest.mark.parametrize("strategy", ["allgather_kv", "fetch", "ring", "ulysses"])
@@ -106,3 +110,25 @@ def test_a_report_says_what_a_rank_holds():
         found[outputs] = report.peak_bytes
         assert f"{report.peak_bytes} bytes held at most by a rank" in str(report)
     assert found["full"] - found["sharded"] >= 700 * config.vocab_size * 4 // 2
+
+
+@pytest.mark.parametrize("strategy", ["allgather_kv", "fetch", "ring", "ulysses"])
+def test_nothing_of_the_whole_sequence_is_as_wide_as_a_hidden_state(strategy: str):
+    """Of all rows there are keys and values, or some heads; every node counts, those of FlexAttention too."""
+    one, sp = captured("attention"), 8
+    layout, program = token_layout(LENGTHS, sp, "zigzag"), one.program(strategy, sp)
+    heads, kv_heads, dim, hidden = 32, 8, 128, 4096
+    keys = 2 * kv_heads * dim
+    allowed = {"ulysses": (heads // sp + 2 * kv_heads // sp) * dim, "ring": 1}.get(strategy, keys)  # a ring has a block
+    assert allowed < hidden
+    assert widest_of_all_rows(program, layout) == allowed
+
+
+def widest_of_all_rows(program: Program, layout: TokenLayout) -> int:
+    """Elements for a row of values that have more rows than twice those of a rank, but for block lists."""
+    most = 0
+    for node, values in memory.values(program, sizes_of(program, layout)).items():
+        for each in values if "block" not in node.name else []:
+            if node.op == "call_function" and each.numel() and max(each.shape) > 2 * layout.shard_length:
+                most = max(most, each.numel() // max(each.shape))
+    return most
