@@ -6,6 +6,7 @@ whose names of nodes they show.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -124,7 +125,7 @@ HEAD_DIM = 16  # a GPU's FlexAttention takes no smaller
 def for_a_gpu(train: bool, layers: int = 2) -> Any:
     """A model without memory, in bf16."""
     torch._dynamo.reset()
-    sizes = {**SIZES, "hidden_size": 6 * HEAD_DIM, "head_dim": HEAD_DIM}
+    sizes = {**SIZES, "hidden_size": 6 * HEAD_DIM, "head_dim": HEAD_DIM, "num_attention_heads": 6}
     with torch.device("meta"):
         config = transformers.LlamaConfig(num_hidden_layers=layers, **sizes)
         model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
@@ -151,13 +152,22 @@ def test_the_graph_for_a_gpu_has_plans_and_nothing_of_the_whole_sequence_but_key
     assert graph.count(" = flex_attention(") == 2 * flex
     assert graph.count("sp_compile.attention(") == 2 * (not flex)
     assert ("block_mask(" if flex else "tile_plan(") in graph
-    values = re.findall(r"^%(\w+): \w+\[([^\]]*)\]", graph, re.MULTILINE)
-    gathered = {"T", "2*n", "n + fetched"}  # rows of all ranks, or those that attention reads
-    whole = [[size for size in sizes.split(", ") if any(each in size for each in gathered)] for _, sizes in values]
-    assert max(map(len, whole)) == 1  # never queries by keys
-    widths = [int(sizes.split(", ")[-1]) for (_, sizes), each in zip(values, whole, strict=True)
-              if each and sizes.split(", ")[-1].isdigit()]  # fmt: skip
-    assert max(widths, default=0) <= 2 * 2 * HEAD_DIM  # keys and values of both heads, not the hidden state
+    keys = 2 * 2 * HEAD_DIM  # and values, of both heads; or half of the heads, and the keys and values that they read
+    assert widest_of_all_rows(graph) == (5 * HEAD_DIM if strategy == "ulysses" else keys) < 6 * HEAD_DIM
+    repeated = f"%keys: bf16[1, 6, 2*n, {HEAD_DIM}] Gathered(2) = aten.expand(%k)"
+    assert widest_of_all_rows(f"{graph}\n{repeated}") == 6 * HEAD_DIM
+
+
+def widest_of_all_rows(graph: str) -> int:
+    """Elements for a row of the values that have rows of all ranks, or those that a rank fetches."""
+    widths = []
+    for line in graph.splitlines():
+        for sizes in re.findall(r"\w\d+\[([^\]]*)\]", line.partition(" = ")[0]):
+            dims = [each for each in sizes.split(", ") if "//" not in each]  # which are blocks
+            rows = [each for each in dims if re.search(r"T|2\*n|s\d", each)]
+            assert len(rows) <= 1, line  # never queries by keys
+            widths.append(math.prod(int(each) for each in dims if each.isdigit()) if rows else 0)
+    return max(widths)
 
 
 def test_short_runs_train_by_another_kernel_than_long_ones():
