@@ -124,12 +124,13 @@ class _Sizes(fx.Interpreter):
     def __init__(self, program: Program, sizes: Mapping[str, int]) -> None:
         super().__init__(program.gm, garbage_collect_values=False)
         known = {size.node.expr: sizes[name] for name, size in program.symbols.items() if name in sizes}
-        self.mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+        self.shape_env = ShapeEnv()
+        self.mode = FakeTensorMode(shape_env=self.shape_env, allow_non_fake_inputs=True)
         self.inputs = [self._fake(each, known) for each in program.local_inputs or ()]
 
     def tensors(self) -> dict[fx.Node, list[torch.Tensor]]:
         """Those of each node."""
-        with self.mode, enable_python_dispatcher(), torch.no_grad():
+        with self.mode, enable_python_dispatcher(), torch.no_grad(), self.shape_env.ignore_fresh_unbacked_symbols():
             self.run(*self.inputs)
         found = {}
         for node, value in self.env.items():
