@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,12 +18,25 @@ from sp_compile import testing
 from sp_compile.graph_text import lines
 from sp_compile.pipeline import registered_passes
 from tests.passes.graphs import after
-from tests.test_golden import HEAD_DIM, batch, for_a_gpu, needs_pinned_versions
+from tests.test_golden import SIZES, batch, needs_pinned_versions
 
+transformers = pytest.importorskip("transformers")
+
+HEAD_DIM = 16  # a GPU's FlexAttention takes no smaller
 FOLDER = Path(__file__).with_name("golden_gpu")
 STEPS = ("first", "more", "decode", "mixed")
 OPTIONS = {"kernel": "flex", "attention": "allgather_kv"}
 CASES = ("prefill", "training", *STEPS)
+
+
+def for_a_gpu(train: bool, layers: int = 2) -> Any:
+    """A model without memory, in bf16."""
+    torch._dynamo.reset()
+    sizes = {**SIZES, "hidden_size": 6 * HEAD_DIM, "head_dim": HEAD_DIM, "num_attention_heads": 6}
+    with torch.device("meta"):
+        config = transformers.LlamaConfig(num_hidden_layers=layers, **sizes)
+        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    return model.train(train).bfloat16()
 
 
 def text_of(case: str) -> str:
@@ -50,8 +64,8 @@ def test_golden_graphs_are_those_of_the_cases():
 
 
 KEYS_AND_VALUES = 2 * 2 * HEAD_DIM
-QUERIES = 4 * HEAD_DIM
-PARTIAL = 4 * (HEAD_DIM + 2)  # with log-sum-exp, which is as wide as two features
+QUERIES = 6 * HEAD_DIM
+PARTIAL = 6 * (HEAD_DIM + 2)  # with log-sum-exp, which is as wide as two features
 LOGITS = 64
 OWN = {"n", "kept", "past_0", "queries_0", "runs_0"}  # rows that are the rank's, of any width
 
@@ -86,3 +100,51 @@ def test_nothing_of_the_whole_sequence_is_as_wide_as_the_hidden_state(case: str)
             assert math.prod(known) <= widest[each], (name, sizes)
         seen.update(symbols)
     assert "n" in seen
+
+
+@pytest.mark.parametrize(
+    ("strategy", "train", "kernel"),
+    [("allgather_kv", False, "flex"), ("fetch", False, "flex"), ("ulysses", False, "flex"),
+     ("allgather_kv", True, "flex"), ("allgather_kv", False, "fused"), ("fetch", True, "fused")],
+)  # fmt: skip
+def test_the_graph_for_a_gpu_has_plans_and_nothing_of_the_whole_sequence_but_keys(
+    strategy: str, train: bool, kernel: str
+):
+    """No device is needed: shapes are those of the local graph on the meta device."""
+    model = for_a_gpu(train)
+    ids = torch.arange(3, 34)[None]
+    inputs = {"input_ids": ids, "labels": ids, "use_cache": False} if train else batch()
+    options = {"outputs": "loss" if train else "sharded", "kernel": kernel}
+    report = sp_compile.explain(model, inputs, 2, device="cuda", attention=strategy, **options)
+    graph = report.steps[-1].after
+    flex = kernel == "flex"
+    assert ("block_mask_of_keys(" in graph) == (train and flex)
+    assert graph.count(" = flex_attention(") == 2 * flex
+    assert graph.count("sp_compile.attention(") == 2 * (not flex)
+    assert ("block_mask(" if flex else "tile_plan(") in graph
+    keys = 2 * 2 * HEAD_DIM  # and values, of both heads; or half of the heads, and the keys and values that they read
+    assert widest_of_all_rows(graph) == (5 * HEAD_DIM if strategy == "ulysses" else keys) < 6 * HEAD_DIM
+    repeated = f"%keys: bf16[1, 6, 2*n, {HEAD_DIM}] Gathered(2) = aten.expand(%k)"
+    assert widest_of_all_rows(f"{graph}\n{repeated}") == 6 * HEAD_DIM
+
+
+def widest_of_all_rows(graph: str) -> int:
+    """Elements for a row of the values that have rows of all ranks, or those that a rank fetches."""
+    widths = []
+    for line in graph.splitlines():
+        for sizes in re.findall(r"\w\d+\[([^\]]*)\]", line.partition(" = ")[0]):
+            dims = [each for each in sizes.split(", ") if "//" not in each]  # which are blocks
+            rows = [each for each in dims if re.search(r"T|2\*n|fetched", each)]
+            assert len(rows) <= 1, line  # never queries by keys
+            widths.append(math.prod(int(each) for each in dims if each.isdigit()) if rows else 0)
+    return max(widths)
+
+
+def test_short_runs_train_by_another_kernel_than_long_ones():
+    found = []
+    for tokens in (1300, 30):
+        ids = torch.randint(3, 60, (1, tokens))
+        inputs = {"input_ids": ids, "labels": ids, "use_cache": False}
+        graph = sp_compile.explain(for_a_gpu(train=True), inputs, 2, device="cuda", outputs="loss").steps[-1].after
+        found.append((graph.count(" = flex_attention("), graph.count("sp_compile.attention(")))
+    assert found == [(0, 2), (2, 0)]

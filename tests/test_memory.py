@@ -10,12 +10,13 @@ import torch
 
 import sp_compile
 from sp_compile import costs, memory, mesh, needs
-from sp_compile.compiled import Step, index_inputs
 from sp_compile.config import compile_config
 from sp_compile.layout import TokenLayout, token_layout
 from sp_compile.pipeline import build_pipeline
 from sp_compile.program import Program
 from sp_compile.runtime import ParallelModule
+from sp_compile.schedule import Schedule
+from sp_compile.steps import Step, index_inputs
 
 transformers = pytest.importorskip("transformers")
 
@@ -46,7 +47,7 @@ class Captured:
         batch = {**sp_compile.pack([[5] * 40, [6] * 30]), "use_cache": False}
         config = compile_config(outputs="sharded", verify_passes=False)
         self.parallel = ParallelModule(model, mesh.pretend(2, None), config)
-        self.parallel.pretend_device(torch.device("cuda"))
+        self.parallel.builder.pretend_device(torch.device("cuda"))
         with self.parallel._only_captured(batch) as (compiled, step):
             self.build, self.kind = compiled._build, step.kind
             (self.attention,) = {*compiled._analysis(False).attentions(step.counted)}
@@ -54,7 +55,7 @@ class Captured:
     def program(self, strategy: str, sp: int) -> Program:
         """The local graph of a rank."""
         self.parallel.group = mesh.pretend(sp, None)
-        self.parallel.pipeline = build_pipeline(None, strategy, "flex")
+        self.parallel.builder.schedule = Schedule(build_pipeline(None, strategy, "flex"))
         return self.build(self.kind, {})
 
 
