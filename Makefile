@@ -30,7 +30,7 @@ test-all: $(READY)
 	$(PYTEST) $(PYTEST_ARGS)
 
 test-gpu: $(READY)
-	$(PYTEST) --numprocesses 1 -m cuda tests/test_cuda.py $(PYTEST_ARGS)
+	$(PYTEST) --numprocesses 1 -m cuda $(PYTEST_ARGS)
 
 # mypy cannot see that the folder passes/ is the package sp_compile.passes; a tree of links can show it.
 check: $(READY)

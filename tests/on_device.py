@@ -164,17 +164,40 @@ def flex_step(
 
 
 def of_lower_precision(device: str, **options: Any) -> tuple[float, float, set[str]]:
-    """Errors of logits, of their scale, with earlier keys and values in bf16 and in fp8, and the kernels that ran."""
+    """Errors of logits, of their scale, with earlier keys and values in bf16 and in fp8, and the kernels that ran.
+
+    Ten tokens go on together, and one alone.
+    """
     model, found = llama(hidden_size=128).to(device), []
     parallel = sp_compile.parallelize(model, **options)
-    ids = torch.randint(3, 120, (1, 30), generator=torch.Generator().manual_seed(3)).to(device)
+    ids = torch.randint(3, 120, (1, 31), generator=torch.Generator().manual_seed(3)).to(device)
     with torch.no_grad():
         expected = model(input_ids=ids, use_cache=False).logits
         for dtype in (torch.bfloat16, torch.float8_e4m3fn):
             cache = sp_compile.ShardedCache(parallel, dtype=dtype)
             parallel(input_ids=ids[:, :20], past_key_values=cache)
             assert {each.dtype for each in cache.tensors} == {dtype}
-            out = parallel(input_ids=ids[:, 20:], past_key_values=cache).logits
-            found.append(float((out - expected[:, 20:]).abs().max() / expected.abs().max()))
+            steps = [parallel(input_ids=part, past_key_values=cache).logits for part in (ids[:, 20:30], ids[:, 30:])]
+            found.append(float((torch.cat(steps, dim=1) - expected[:, 20:]).abs().max() / expected.abs().max()))
     half, eighth = found
     return half, eighth, kernels_of(parallel)
+
+
+def decode_in(dtype: torch.dtype, device: str, **options: Any) -> set[str]:
+    """Check logits of single tokens behind prompts in that precision; the kernels that ran."""
+    model, requests = llama(hidden_size=128).to(device, dtype), [each.to(device) for each in prompts((140, 9))]
+    exact, parallel = llama(hidden_size=128).to(torch.float64), sp_compile.parallelize(model, **options)
+    exact.load_state_dict(model.state_dict())
+    cache, starts = sp_compile.ShardedCache(parallel), [0] * len(requests)
+    with torch.no_grad():
+        for left in (2, 1, 0):
+            ends = [len(each) - left for each in requests]
+            parts = [each[start:end] for each, start, end in zip(requests, starts, ends, strict=True)]
+            packed = sp_compile.pack(parts, device=device)
+            found = packed.split(parallel(**packed, past_key_values=cache).logits)
+            for request, end, logits in zip(requests, ends, found, strict=True):
+                ids = request[None, :end]
+                own, right = (each(ids.to(each.device), use_cache=False).logits[:, -1:] for each in (model, exact))
+                assert_right(logits[:, -1:].cpu(), own.cpu(), right, dtype, f"{end} tokens")
+            starts = ends
+    return kernels_of(parallel)

@@ -23,6 +23,7 @@ from tests.on_device import (
     UNSCORED,
     assert_right,
     check_kernel,
+    decode_in,
     flex_step,
     generate,
     of_lower_precision,
@@ -165,6 +166,22 @@ def test_a_cache_of_another_dtype_than_the_model():
     assert used == ({"flex"} if reads_fp8 else {"flex", "tiles"})
     assert 1e-6 < half < 2e-2
     assert half < eighth < 0.3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_single_tokens_in_half_precision(dtype: torch.dtype):
+    assert "flex" in decode_in(dtype, DEVICE, sp=1)
+
+
+@pytest.mark.parametrize("attention", ["allgather_kv", "ring"])
+def test_emulated_ranks(attention: str):
+    model = llama(hidden_size=128).to(DEVICE)
+    requests = [each.to(DEVICE) for each in prompts((300, 1, 33))]
+    emulation = sp_compile.emulate(model, sp_compile.pack(requests), 4, attention=attention)
+    with torch.no_grad():
+        expected = torch.cat([model(each[None], use_cache=False).logits for each in requests], dim=1)
+    assert (emulation.outputs.logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert all(each.peak_bytes > 0 for each in emulation.figures().ranks)
 
 
 def test_steps_of_decoding_are_replayed():

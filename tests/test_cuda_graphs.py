@@ -363,6 +363,19 @@ def ragged(sp: int | None) -> tuple[list[float], int]:
     return worst, parallel.report().replayed[1]
 
 
+def test_steps_of_single_tokens_on_a_gpu_are_replayed(replaying):
+    """Of which one graph serves all, though parts of keys are planned anew in each."""
+    model, requests = llama(), prompts((3, 130, 11))
+    with by_blocks():
+        parallel = parallel_of(model, codegen="inductor")
+        cache = sp_compile.ShardedCache(parallel, max_tokens=2048)
+        options = {"max_new_tokens": 9, "eos_token_id": -1, "logprobs": True, "prompt_logprobs": True}
+        found = sp_compile.generate(parallel, requests, cache=cache, **options)
+    assert check_greedy(model, requests, found) <= 1e-5
+    assert parallel.report().replayed == (1, 6)
+    assert reasons(parallel) == []
+
+
 def test_requests_join_and_end_between_replays(replaying):
     worst, replays = ragged(1)
     assert max(worst) <= 1e-5
