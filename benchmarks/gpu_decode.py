@@ -21,6 +21,7 @@ from sp_compile.passes.lower_attention import OPTIONS, few_tile
 from sp_compile.steps import Kept
 
 REQUESTS = 16
+RECORDED_AT = 4  # the third run of a step is recorded, and this one replayed
 OF_MODEL = 2  # layers of a model whose steps are measured
 DTYPES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 SEES = flex.rule_graph(
@@ -87,7 +88,7 @@ def _decoding(
     on_card, group = shape.device.type == "cuda", shape.heads // shape.kv_heads
     numbers = parts.numbers_of_parts(listed)
     real = torch.ones(k.shape[2], dtype=torch.bool, device=shape.device)
-    captured = [parts.operand_of_parts(each, numbers, 1, shape.kv_heads).reshape(-1) for each in (*read, real)]
+    captured = [parts.operand_of_parts(each, numbers).reshape(-1) for each in (*read, real)]
     lists = [listed[:, :, :, kind] for kind in range(2)]
     counts_and_blocks = [part.contiguous() for each in lists for part in (each[..., 0], each[..., 1:])]
     rows = parts.filled_rows(group)
@@ -129,19 +130,21 @@ def steps(shape: Shape, context: int, rounds: int, small: bool) -> dict[str, Any
     weights = sum(each.nbytes for each in model.parameters())
     for name, dtype in DTYPES.items():
         runs: dict[str, Callable[[], torch.Tensor]] = {}
-        for graphs in ("auto", "never"):
-            parallel = sp_compile.parallelize(model, sp=1, cuda_graphs=graphs)
+        models = {graphs: sp_compile.parallelize(model, sp=1, cuda_graphs=graphs) for graphs in ("auto", "never")}
+        for graphs, parallel in models.items():
             torch.manual_seed(0)
             runs[graphs], held = _step(parallel, shape, context, dtype)
-        first = {key: run() for key, run in runs.items()}
-        wrong = difference(first["auto"], first["never"])
-        for run in runs.values():
-            run(), run()  # recorded at the third
+        for _ in range(RECORDED_AT):
+            results = {key: run() for key, run in runs.items()}
+        replayed = models["auto"].report().replayed
+        if shape.device.type == "cuda" and not (replayed and replayed[1]):
+            raise RuntimeError(f"no step was replayed: {[each.reason for each in models['auto'].report().fallbacks]}")
+        wrong = difference(results["auto"], results["never"])
         times = medians({**runs, "copy": copying(held + weights, shape.device)}, rounds, host_seconds)
         more = {"seconds": times["auto"], "bytes": held + weights}
         found[f"{name} cache, over its bytes"] = figure(times["copy"] / times["auto"], "bandwidth", wrong, **more)
         found[f"{name} cache, replayed over run"] = figure(times["auto"] / times["never"], "time", wrong, **more)
-        del runs
+        del runs, models
     return found
 
 

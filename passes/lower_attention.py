@@ -99,7 +99,7 @@ class _Lowering:
             tiles = {} if self._on_cpu(args) else tile(*_sizes_of(args))
             results = self._flex(args, tiles, ops.attention_part(node, 1) is not None)
         else:
-            results = self._split_each(args) if self.program.cached == "decode" else self._split(args)
+            results = self._split_each(args) if self._decodes(args) else self._split(args)
         for i, value in enumerate(results):
             part = ops.attention_part(node, i)
             if part is not None:
@@ -110,9 +110,14 @@ class _Lowering:
 
         FlexAttention without generated code does not look at blocks, and would see all keys in every part.
         """
-        one_row, decodes = args.q.meta["val"].shape[0] == 1, self.program.cached == "decode" and not args.per_head
+        one_row = args.q.meta["val"].shape[0] == 1
+        of_rows = one_row or (self._decodes(args) and not args.per_head)
         on_card = self.program.compiled and not self._on_cpu(args)
-        return isinstance(placement(args.k), Held) and (one_row or decodes) and on_card and not args.empty_mean
+        return isinstance(placement(args.k), Held) and of_rows and on_card and not args.empty_mean
+
+    def _decodes(self, args: ops.AttentionArgs) -> bool:
+        """Whether each query can have parts of its own, whose rows are one block."""
+        return self.program.cached == "decode" and filled_rows(_grouped(args)[1]) <= BLOCK
 
     def _split(self, args: ops.AttentionArgs) -> tuple[fx.Node, fx.Node]:
         """Attention over parts of the keys, as rows of a batch, merged; rows of a part are those of a group's heads."""
@@ -147,9 +152,9 @@ class _Lowering:
         whole = args.q.meta["val"]
         q.meta["val"] = whole.new_empty(2, batch * heads, filled_rows(group), whole.shape[-1])  # of any number of parts
         k, v = (self._one_row(each) for each in (args.k, args.v))
-        operands = [self._of_parts(each, numbers, batch, heads) for each in args.operands]
+        operands = [self._of_parts(each, numbers) for each in args.operands]
         each = args._replace(q=q, k=k, v=v, plan=plan, operands=operands, partial=True)
-        found = self._flex(each, few_tile(filled_rows(group), *_sizes_of(args)), True)
+        found = self._flex(each, few_tile(filled_rows(group), *_sizes_of(args)), True, heads if batch > 1 else 1)
         most = self._once(operator.add, spare, 1)
         return self._merged(args, self._once(merged_queries, *found, numbers, batch, group, count, most))
 
@@ -167,15 +172,15 @@ class _Lowering:
         out, lse = (self._once(getitem, merged, i) for i in range(2))
         return out if args.partial else self._once(aten.to.dtype, out, args.q.meta["val"].dtype), lse
 
-    def _of_parts(self, operand: fx.Node, numbers: fx.Node, batch: int, heads: int) -> fx.Node:
-        """An operand for parts, which are those of one query each, and for rows of the batch that are heads."""
+    def _of_parts(self, operand: fx.Node, numbers: fx.Node) -> fx.Node:
+        """An operand for parts, which are those of one query each; rows of the batch are where heads were."""
         varying = _varying(operand)
         if not {0, 2} & {*varying}:
             return operand
-        found = self._once(operand_of_parts, operand, numbers, batch, heads)
+        found = self._once(operand_of_parts, operand, numbers)
         whole = operand.meta["val"]
-        sizes = [2, batch * heads if 0 in varying else whole.shape[-3] if 1 in varying else 1, 1, whole.shape[-1]]
-        found.meta["val"] = whole.new_empty(sizes if 2 in varying else [1, *sizes[1:]])
+        batch, heads, _, keys = (1,) * (4 - whole.dim()) + tuple(whole.shape)
+        found.meta["val"] = whole.new_empty(2 if 2 in varying else 1, batch if 0 in varying else heads, 1, keys)
         return found
 
     def _repeated(self, operand: fx.Node, rows: fx.Node) -> fx.Node:
@@ -187,9 +192,11 @@ class _Lowering:
         found.meta["val"] = whole.new_empty(*whole.shape[:-2], BLOCK, whole.shape[-1])
         return found
 
-    def _flex(self, args: ops.AttentionArgs, tiles: dict[str, int], with_lse: bool) -> tuple[fx.Node, fx.Node]:
-        """Output and log-sum-exp by FlexAttention."""
-        score, mask = (self._function(args, output) for output in ("score", "mask"))
+    def _flex(
+        self, args: ops.AttentionArgs, tiles: dict[str, int], with_lse: bool, sharing: int = 1
+    ) -> tuple[fx.Node, fx.Node]:
+        """Output and log-sum-exp by FlexAttention; ``sharing`` is as of :func:`~sp_compile.kernels.flex.rule_graph`."""
+        score, mask = (self._function(args, output, sharing) for output in ("score", "mask"))
         options = {**OPTIONS, **tiles, "OUTPUT_LOGSUMEXP": with_lse or self.program.differentiable}
         q, k, v = args.q, args.k, args.v
         if self._fills_up(args):
@@ -211,7 +218,7 @@ class _Lowering:
             out = self.graph.call_function(aten.to.dtype, (out, torch.float32))
         return out, lse
 
-    def _function(self, args: ops.AttentionArgs, output: str) -> tuple[fx.Node, tuple[fx.Node, ...]]:
+    def _function(self, args: ops.AttentionArgs, output: str, sharing: int) -> tuple[fx.Node, tuple[fx.Node, ...]]:
         """The mask or score function of a node, and what it captures."""
         rule, operands = args.rule, list(args.operands)
         dims = {i: _varying(each) for i, each in enumerate(operands)}
@@ -231,10 +238,11 @@ class _Lowering:
         captured = [self._captured(operands[i], own[i], along_keys[i]) for i in kept]
         captured += [self._captured(args.tables[i], (0, 1) if per_head[i] else (1,)) for i in tables]
         sizes = self._sizes(operands[i] for i in kept)
-        key = (rule, output, tuple(kept.items()), tuple(per_head.items()), len(sizes))
+        key = (rule, output, tuple(kept.items()), tuple(per_head.items()), len(sizes), sharing)
         if key not in self.made:
             name = f"flex_{output}_{len(self.made)}"
-            self.program.gm.add_submodule(name, rule_graph(self.program.gm, rule, output, kept, per_head, len(sizes)))
+            function = rule_graph(self.program.gm, rule, output, kept, per_head, len(sizes), sharing)
+            self.program.gm.add_submodule(name, function)
             self.made[key] = self.graph.get_attr(name)
         return self.made[key], (*captured, *sizes)
 

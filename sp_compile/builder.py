@@ -110,7 +110,7 @@ class Builder:
         """
         if not self.compiles_for_gpu:
             return step
-        if step.cached == "more" and max(step.layout.lengths) == 1:
+        if step.cached == "more" and max(step.layout.lengths) == 1 and self.schedule.takes_flex:
             return replace(step, cached="decode")
         chooses = self.schedule.chooses_kernels and step.cached in ("", "first")
         return replace(step, short=chooses and short_runs(step.layout))

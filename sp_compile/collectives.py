@@ -75,7 +75,7 @@ def depends(node: fx.Node, source: fx.Node) -> bool:
         for each in stack.pop().all_input_nodes:
             if each is source:
                 return True
-            if each not in seen:
+            if each not in seen and source < each:  # what stands before it does not read it
                 seen.add(each)
                 stack.append(each)
     return False

@@ -70,15 +70,15 @@ def filled_rows(group: int) -> int:
     return max(FEWEST, 1 << (group - 1).bit_length())
 
 
-def operand_of_parts(operand: torch.Tensor, numbers: torch.Tensor, batch: int, heads: int) -> torch.Tensor:
-    """An operand ``[.., Q, K]`` as one of parts, ``[parts, B * G, 1, K]``, where it varies by query and by row.
+def operand_of_parts(operand: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """An operand ``[B, H, Q, K]``, or with fewer dims in front, as one of parts.
 
-    Args:
-        batch, heads: rows of the batch, and heads of each.
+    It is ``[parts, H, 1, K]`` where it varies by query, ``[parts, B, 1, K]`` where it varies by row, and then by no
+    head.
     """
     of_four = operand.reshape((1,) * (4 - operand.dim()) + tuple(operand.shape))
     if of_four.shape[0] > 1:
-        of_four = of_four.expand(batch, heads, -1, -1).flatten(0, 1).unsqueeze(0)
+        of_four = of_four.transpose(0, 1)
     return of_four.index_select(2, numbers[:, 0]).transpose(0, 2) if of_four.shape[2] > 1 else of_four
 
 
@@ -97,7 +97,9 @@ def merged_queries(
     at = torch.where(exists, begins + nth, 0).reshape(-1)
     out, lse = (each[:, :, :group].flatten(1, 2).index_select(0, at) for each in (out, lse))  # [most * Q, B * H, ..]
     out, lse = (each.unflatten(0, (most, queries)).transpose(1, 2) for each in (out, lse))
-    out, lse = _merged(out, torch.where(exists[:, None], lse, -torch.inf))
+    exists = exists[:, None]
+    # parts of others, which a query does not have, may hold NaN
+    out, lse = _merged(torch.where(exists[..., None], out, 0.0), torch.where(exists, lse, -torch.inf))
     return out.unflatten(0, (batch, -1)), lse.unflatten(0, (batch, -1))
 
 

@@ -79,7 +79,8 @@ class Report:
             between ranks of tensor parallelism; None on one rank, beside a cache, and where tokens are not spread.
         choices: which strategies could have run attention; none where there are no ``bytes_by_formula``.
         peak_bytes: the most that this rank holds at a time, weights and other inputs apart, see
-            :mod:`sp_compile.memory`; None where the pipeline ends before shapes are local.
+            :mod:`sp_compile.memory`; None in training, where the pipeline ends before shapes are local, and where
+            there are no sizes without data.
         replayed: CUDA graphs of steps of decoding that there are, and how many steps were replayed; None where none
             are, which ``fallbacks`` explain where they were to be.
     """
@@ -159,8 +160,18 @@ def make_report(
         fallbacks=list(program.fallbacks),
         steps=list(steps),
         replayed=replayed,
-        peak_bytes=None if program.local_inputs is None else peak(program, sizes).bytes,
+        peak_bytes=_held_at_most(program, sizes),
     )
+
+
+def _held_at_most(program: Program, sizes: Mapping[str, int]) -> int | None:
+    """As :attr:`Report.peak_bytes`."""
+    if program.local_inputs is None or program.differentiable:
+        return None
+    try:
+        return peak(program, sizes).bytes
+    except RuntimeError:  # of ops whose results have no size before there are data
+        return None
 
 
 def _collectives(program: Program, sizes: Mapping[str, int]) -> Iterator[Collective]:

@@ -42,6 +42,11 @@ class Schedule:
         return any(each.kernel == "auto" for each in self._named("plan_attention"))
 
     @property
+    def takes_flex(self) -> bool:
+        """Whether attention may be computed by FlexAttention."""
+        return any(each.kernel in ("auto", "flex") for each in self._named("plan_attention"))
+
+    @property
     def reads_reach(self) -> bool:
         """Whether strategies of attention ask how far queries see."""
         return any(each.reads_reach for each in self._named("shard_attention"))

@@ -135,7 +135,7 @@ def test_attention_by_parts_of_single_queries(heads: int, kv_heads: int, rows: i
     numbers = parts.numbers_of_parts(listed)
     asking = parts.queries_of_parts(q, numbers, group)
     assert asking.shape == (queries + spare, kv_heads, rows, dim)
-    own = parts.operand_of_parts(operands[0], numbers, 1, kv_heads)
+    own = parts.operand_of_parts(operands[0], numbers)
     assert own.shape == (queries + spare, 1, 1, 1)
     named = kinds_of(listed[:, 0, :, :2], blocks(keys)).repeat_interleave(BLOCK, dim=2)[..., :keys] > 0
     out, lse = attended(asking, k, v, (own == operands[1]) & named[:, None])
@@ -143,6 +143,18 @@ def test_attention_by_parts_of_single_queries(heads: int, kv_heads: int, rows: i
     whole = (each.repeat_interleave(group, dim=1) for each in (k, v))
     expected = attended(q, *whole, operands[0] == operands[1])
     torch.testing.assert_close((merged, total), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_what_a_query_has_no_part_of_is_not_read():
+    """Other requests may hold NaN."""
+    numbers = torch.tensor([[0, 0, 2], [0, 2, 1], [1, 3, 0], [0, 0, 0]])  # of two, one and no parts
+    out, lse = torch.randn(4, 2, 16, 8), torch.randn(4, 2, 16)
+    out[:2], lse[:2] = torch.nan, torch.nan
+    merged, total = parts.merged_queries(out, lse, numbers, 1, 1, 3, 4)
+    assert merged[0, :, 0].isnan().all()
+    torch.testing.assert_close((merged[0, :, 1], total[0, :, 1]), (out[2, :, 0], lse[2, :, 0]))
+    assert merged[0, :, 2].eq(0).all()
+    assert total[0, :, 2].eq(-torch.inf).all()
 
 
 def attended(

@@ -109,6 +109,7 @@ def rule_graph(
     operands: Mapping[int, tuple[int, ...]],
     tables: Mapping[int, bool],
     sizes: int = 0,
+    sharing: int = 1,
 ) -> fx.GraphModule:
     """A mask or score function of FlexAttention for a rule.
 
@@ -118,6 +119,7 @@ def rule_graph(
         operands: by number, the dims of ``(batch, head, query, key)`` that the captured operand still has.
         tables: by number, whether the captured table has entries of its own for each head.
         sizes: how many numbers are captured besides, which are not read.
+        sharing: heads that follow one another and share an operand's entry.
 
     Captured are the operands, then the tables, then the sizes.
     """
@@ -128,8 +130,11 @@ def rule_graph(
     whole = {f"table{i}": graph.placeholder(f"table{i}") for i in tables}
     for i in range(sizes):
         graph.placeholder(f"size{i}")
+    entry = list(place)
+    if sharing > 1 and any(1 in dims for dims in operands.values()):
+        entry[1] = graph.call_function(operator.floordiv, (place[1], sharing))
     for tensor, (i, dims) in zip(captured, operands.items(), strict=True):
-        values[f"x{i}"] = graph.call_function(operator.getitem, (tensor, tuple(place[dim] for dim in dims) or 0))
+        values[f"x{i}"] = graph.call_function(operator.getitem, (tensor, tuple(entry[dim] for dim in dims) or 0))
     for each in needed(rule, OUTPUTS[output]):
         inputs = [values.get(item, item) if isinstance(item, str) else item for item in each.arguments]
         if each.function == "lookup":

@@ -93,7 +93,7 @@ def seen_within(
     starts = np.maximum(block * BLOCK, k_start[run])
     ends = np.minimum((block + 1) * BLOCK, k_end[run])
     found = [np.zeros((4, 0), dtype=np.int64)]
-    at_once = PAIRS // BLOCK
+    at_once = max(1, PAIRS // BLOCK // max((each.shape[:-2].numel() for each in operands), default=1))
     for i in range(0, len(run), at_once):
         part = slice(i, i + at_once)
         found.append(_looked_at(query[part], block[part], starts[part], ends[part], operands, tables, rule, valid))

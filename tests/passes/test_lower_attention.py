@@ -468,6 +468,18 @@ def test_rows_of_a_batch_decode_together(build: Callable[[], Any], split: bool):
     assert (max(parts) > 3) == split
 
 
+def test_heads_that_fill_more_than_a_block_have_no_parts_of_their_own():
+    def wide(self: Any, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        q = inputs_embeds[..., None].expand(-1, -1, -1, 4).transpose(1, 2)  # 130 heads
+        k, v = (inputs_embeds[:, None, :, start : start + 4] for start in (0, 4))
+        out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return out.transpose(1, 2).flatten(2)
+
+    with by_blocks():
+        program = after("lower_attention", wide, embeds(130), cached="decode", kernel="flex")
+    assert [len(calls(program, each)) for each in ("as_parts", "queries_of_parts")] == [1, 0]
+
+
 def test_a_model_without_attention_is_left_alone():
     program = after("lower_attention", lambda self, inputs_embeds: 2 * inputs_embeds)
     assert flexes(program) == []
