@@ -85,7 +85,8 @@ def caches(draw: Any) -> tuple[list[torch.Tensor], torch.Tensor | None, torch.Te
     spare = draw(st.integers(0, 200))
     keys = slots + spare
     operands = [torch.tensor(held)[:, None], torch.tensor(places + [0] * spare, dtype=torch.int64)[None]]
-    valid = torch.tensor([draw(st.booleans()) or draw(st.booleans()) for _ in range(slots)] + [False] * spare)
+    real = [draw(st.booleans()) or draw(st.booleans()) for _ in range(slots)]
+    valid = torch.tensor(real + [False] * spare, dtype=torch.bool)
     window = draw(st.sampled_from([None, 1, 100, 300]))
     rule = CAUSAL if window is None else f"t0 = le(x1, x0); t1 = sub(x0, x1); t2 = lt(t1, {window}); mask = and(t0, t2)"
     found = torch.tensor([*runs, [0, 0, 0, 0]])
