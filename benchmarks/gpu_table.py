@@ -25,13 +25,17 @@ class Row(NamedTuple):
 
 
 def rows_of(parts: Mapping[str, Any], name: str) -> list[Row]:
-    """The rows of a part; those of attention are also over sp=1, where that was measured."""
+    """The rows of a part; those of attention and of layers are also over sp=1, where that was measured."""
     found = parts[name]
     if "raised" in found:
         return [Row(name, None, found["raised"], False)]
     figures = {key: each for key, each in found.items() if isinstance(each, dict) and "ratio" in each}
+    single = parts.get(f"{name.rpartition(', sp=')[0]}, sp=1", {})
     if "lengths" in found:
-        figures = _of_attention(found, parts.get(f"{name.rpartition(', sp=')[0]}, sp=1", {}))
+        figures = _of_attention(found, single)
+    if "held_bytes" in found and found["sp"] > 1 and "peak_bytes" in single:
+        share = single["peak_bytes"] / found["sp"] + found["held_bytes"]
+        figures["peak over share and buffers"] = figure(found["peak_bytes"] / share, "memory", found["error"])
     return [
         Row(f"{name}, {key}", each["ratio"], each["target"], each["met"], _milliseconds(each))
         for key, each in figures.items()

@@ -124,6 +124,18 @@ def test_long_runs_have_fewer_rounds_and_areas_few_lengths(gpu: ModuleType) -> N
     assert abs(gpu_attention.sequence_of(32768**2 // 2) - 32768) <= 128
 
 
+def test_memory_is_held_against_the_share_of_one_rank(gpu: ModuleType) -> None:
+    import gpu_table
+
+    one = {"sp": 1, "peak_bytes": 1000, "held_bytes": 0.0, "error": 0.0}
+    parts = {"layers, sp=1": one, "layers, sp=4": one | {"sp": 4, "peak_bytes": 330, "held_bytes": 50.0}}
+    assert gpu_table.rows_of(parts, "layers, sp=1") == []
+    (row,) = gpu_table.rows_of(parts, "layers, sp=4")
+    assert (row.what, row.ratio, row.met) == ("layers, sp=4, peak over share and buffers", 1.1, True)
+    parts["layers, sp=4"]["peak_bytes"] = 331
+    assert not gpu_table.rows_of(parts, "layers, sp=4")[0].met
+
+
 def test_what_does_not_run_here_is_told(gpu: ModuleType) -> None:
     import gpu_timing
 
