@@ -17,14 +17,14 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
+from sp_compile.kernels.backward import Gradients, Saved
 from sp_compile.kernels.dense import Partial
+from sp_compile.kernels.plan import HALF
 
 aten = torch.ops.aten
-HALF = (torch.float16, torch.bfloat16)
 LARGEST = 256  # dims of a head
 ALIGNED = 8  # dims of a head are a multiple of it
 PLANNED = 1 << 24  # pairs from where on cuDNN is taken: it plans anew for every size, in about 0.1 s
-Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class Window(NamedTuple):
@@ -56,23 +56,13 @@ class Lengths(NamedTuple):
     most_keys: int
 
 
-class Given(NamedTuple):
-    """What a backward takes; ``out`` and ``lse`` may be those of a softmax over further keys."""
-
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    out: torch.Tensor
-    lse: torch.Tensor
-    grad: torch.Tensor
-
-
 class Kernel(NamedTuple):
     """One of torch's kernels.
 
     Attributes:
         forward: output and log-sum-exp of ``q, k, v, scale, window``, for tensors as in :func:`attend`.
-        backward: gradients of a :class:`Given`, with ``scale`` and ``window``.
+        backward: gradients of what was saved, with ``scale`` and ``window``; its ``out`` and ``lse`` may be those of a
+            softmax over further keys.
         takes: whether it computes a window over so many queries and keys.
     """
 
@@ -152,12 +142,12 @@ def _unpadded_backward(
     out: torch.Tensor,
     lse: torch.Tensor,
     grad: torch.Tensor,
-    backward: Callable[[Given], Gradients],
+    backward: Callable[[Saved], Gradients],
 ) -> Gradients:
     """Gradients by a backward that takes heads of one width and one dtype."""
     q, v, dtype = qkv[0], qkv[2], qkv[0].dtype
     *padded, grad = (_padded(each.to(dtype), _width(q, v)) for each in (*qkv, out, grad))
-    found = backward(Given._make([*padded, lse.contiguous(), grad]))
+    found = backward(Saved._make([*padded, lse.contiguous(), grad, None]))
     dq, dk, dv = (each[..., : own.shape[-1]] for each, own in zip(found, qkv, strict=True))
     return dq, dk, dv
 
@@ -186,10 +176,10 @@ def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, wind
     return out.transpose(1, 2), lse
 
 
-def _flash_backward(given: Given, scale: float, window: Window) -> Gradients:
-    lengths = Lengths(None, None, given.q.shape[2], given.k.shape[2])
-    q, k, v, out, grad = _rows_first(*given[:4], given.grad)
-    dq, dk, dv = _rows_first(*_flash_rows_backward(Given(q, k, v, out, given.lse, grad), lengths, scale, window))
+def _flash_backward(saved: Saved, scale: float, window: Window) -> Gradients:
+    lengths = Lengths(None, None, saved.q.shape[2], saved.k.shape[2])
+    q, k, v, out, grad = _rows_first(*saved[:4], saved.grad)
+    dq, dk, dv = _rows_first(*_flash_rows_backward(Saved(q, k, v, out, saved.lse, grad, None), lengths, scale, window))
     return dq, dk, dv
 
 
@@ -204,9 +194,9 @@ def _flash_rows(
     return out, lse
 
 
-def _flash_rows_backward(given: Given, lengths: Lengths, scale: float, window: Window) -> Gradients:
+def _flash_rows_backward(saved: Saved, lengths: Lengths, scale: float, window: Window) -> Gradients:
     found: Gradients = aten._flash_attention_backward(
-        given.grad, *given[:5], *lengths, 0.0, window == CAUSAL, *_no_draws(given.q),
+        saved.grad, *saved[:5], *lengths, 0.0, window == CAUSAL, *_no_draws(saved.q),
         scale=scale, window_size_left=window.left, window_size_right=window.right,
     )  # fmt: skip
     return found
@@ -222,8 +212,8 @@ def _cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, wind
     return out, lse.reshape(q.shape[:3])
 
 
-def _cudnn_backward(given: Given, scale: float, window: Window) -> Gradients:
-    q, k, v, out, lse, grad = given
+def _cudnn_backward(saved: Saved, scale: float, window: Window) -> Gradients:
+    q, k, v, out, lse, grad, _ = saved
     draws = (torch.zeros((), dtype=torch.int64, device=q.device) for _ in range(2))
     found: Gradients = aten._scaled_dot_product_cudnn_attention_backward(
         grad, q, k, v, out, lse.unsqueeze(-1), *draws, None, None, None, q.shape[2], k.shape[2], 0.0, window == CAUSAL,

@@ -186,7 +186,6 @@ def crossed(valid: np.ndarray, request: np.ndarray, runs: np.ndarray) -> np.ndar
     queries = np.stack([at[first], at[last] + 1], axis=1)
     low, high = (np.searchsorted(runs[:, 0], of[first], side) for side in ("left", "right"))
     counts = high - low
-    which = np.repeat(np.arange(len(queries)), counts)
-    keys = np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts) + np.repeat(low, counts)
-    found = np.concatenate([queries[which], runs[keys, 1:]], axis=1)
+    which, nth = numbered(counts)
+    found = np.concatenate([queries[which], runs[low[which] + nth, 1:]], axis=1)
     return np.concatenate([found, np.zeros((max(0, 2 - len(found)), 4), dtype=np.int64)])

@@ -107,7 +107,7 @@ def query_blocks(
     assert at_most <= size, "a run is of one query, and keys are in one run"
     counts = -(-own // at_most)
     begins = np.cumsum(counts) - counts
-    nth = np.arange(len(query)) - (np.cumsum(own) - own)[query]
+    _, nth = numbered(own)
     listed = (begins[query] + nth * counts[query] // np.maximum(own, 1)[query]) * 2 + full  # part and kind
     order = np.argsort(listed, kind="stable")
     lengths = np.bincount(listed, minlength=2 * parts)
