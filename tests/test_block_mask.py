@@ -8,6 +8,7 @@ import tracemalloc
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 
 from sp_compile.kernels.flex import BLOCK, block_mask, blocks
 from sp_compile.kernels.plan import seen_rows
+from sp_compile.kernels.runs import crossed
 from sp_compile.layout import token_layout
 from tests.test_plan import CAUSAL, DOCUMENTS, Drawn, documents, positions, seen
 
@@ -220,3 +222,13 @@ def test_blocks_of_queries_that_meet_keys_in_known_ranges(new: list[int], held: 
     assert not (some & ~(partial | full)).any()
     assert not (full & ~every).any()
     assert (partial | full).sum() < partial.numel()
+
+
+def test_queries_meet_every_range_of_keys_of_their_request():
+    valid = np.array([[True, True, True], [True, False, True]])
+    request = np.array([[0, 0, 2], [1, 1, 2]])
+    runs = np.array([[0, 10, 14], [0, 20, 21], [2, 0, 3], [2, 5, 9], [2, 30, 31]])
+    found = crossed(valid, request, runs).tolist()
+    of_last = [[row, row + 1, *keys] for row in (2, 5) for keys in ([0, 3], [5, 9], [30, 31])]
+    assert found == [[0, 2, 10, 14], [0, 2, 20, 21], *of_last]
+    assert crossed(valid[1:], request[1:], runs[:0]).tolist() == [[0] * 4] * 2
